@@ -106,18 +106,19 @@ def show_presence_scores(
 
 def presence_lines(outcome: PresenceCrossValidation) -> list[str]:
     """Return what ``crossval`` prints about presence."""
+    from app.inference.tumour_presence.gate import GATED
+
     scores = outcome.scores
     lines = ["cases that a fold's network was not trained on", terminal.table(scores.rows()), *scores.remarks()]
     for name, one in outcome.fitted.items():
         if not one.decision.tuned:
-            lines.append(f"{name}: all cases are of one kind, so nothing was tuned")
+            lines.append(f"{name}: {one.untuned_because}")
             continue
         lines.append(
             f"{name}: with thresholds tuned on the other folds, sensitivity {one.sensitivity:.3f} and specificity "
             f"{one.specificity:.3f}; Brier score {one.brier_before:.4f} -> {one.brier_after:.4f}"
         )
-    return [
-        *lines,
-        f"the page with curves: {outcome.page}",
-        f"next: znormseg predict RUN CASES OUTPUT --presence {outcome.ensemble}",
-    ]
+    of_gate = outcome.fitted.get(GATED)
+    as_gate = of_gate is not None and of_gate.decision.tuned
+    use = f"RUN CASES OUTPUT --presence {outcome.ensemble}" if as_gate else f"{outcome.ensemble} CASES OUTPUT"
+    return [*lines, f"the page with curves: {outcome.page}", f"next: znormseg predict {use}"]

@@ -28,15 +28,18 @@ _LEVEL: Final = 0.95
 #: Share of the samples in which a measure must be defined for its interval.
 _LEAST_DEFINED: Final = 0.9
 
-#: Definitions in words, by measure.
-PRESENCE_DEFINITIONS: Final = {
-    "auroc": "area under the ROC curve; undefined if all cases are of one kind",
-    "auprc": "average precision; undefined without a present case",
-    "accuracy": "share of right decisions at the threshold",
-    "sensitivity_at_specificity": "largest sensitivity of all thresholds with at least the stated specificity",
-    "f1": "of decisions at the threshold",
-    "brier": "mean squared difference of probability and truth",
-    "ece": f"expected calibration error, {BINS_OF_CASES} bins of equal width",
+#: Name and definition of each measure of :func:`presence_measures`.
+PRESENCE_MEASURES: Final = {
+    "auroc": ("AUROC", "area under the ROC curve; undefined if all cases are of one kind"),
+    "auprc": ("AUPRC", "average precision; undefined without a present case"),
+    "sensitivity_at_specificity": (
+        "sensitivity at specificity {:g}",
+        "largest sensitivity of all thresholds with at least the stated specificity",
+    ),
+    "accuracy": ("accuracy", "share of right decisions at the threshold"),
+    "f1": ("F1", "of decisions at the threshold"),
+    "brier": ("Brier", "mean squared difference of probability and truth"),
+    "ece": ("ECE", f"expected calibration error, {BINS_OF_CASES} bins of equal width"),
 }
 
 
@@ -98,7 +101,7 @@ def calibration_error(truth: FloatArray, probability: FloatArray) -> float:
 def presence_measures(
     truth: FloatArray, probability: FloatArray, *, threshold: float, specificity: float = SPECIFICITY
 ) -> dict[str, float | None]:
-    """Return the measures of :data:`PRESENCE_DEFINITIONS` of one output; None where a measure is not defined.
+    """Return the measures of :data:`PRESENCE_MEASURES` of one output; None where a measure is not defined.
 
     Args:
         truth: 0 or 1, shape (examples,), at least one.
@@ -110,8 +113,8 @@ def presence_measures(
     return {
         "auroc": area_under_roc(truth, probability),
         "auprc": float(metrics.average_precision_score(truth, probability)) if truth.any() else None,
-        "accuracy": float(metrics.accuracy_score(truth, decided)),
         "sensitivity_at_specificity": sensitivity_at(truth, probability, specificity),
+        "accuracy": float(metrics.accuracy_score(truth, decided)),
         "f1": float(metrics.f1_score(truth, decided, zero_division=0.0)) if truth.any() or decided.any() else None,
         "brier": float(metrics.brier_score_loss(truth, probability, labels=[0, 1])),
         "ece": calibration_error(truth, probability),

@@ -6,18 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
 from app import NOTICE
 from app.evaluation.folders import first_ids
-from app.evaluation.presence import (
-    PRESENCE_DEFINITIONS,
-    FloatArray,
-    Interval,
-    with_intervals,
-)
+from app.evaluation.presence import PRESENCE_MEASURES, FloatArray, Interval, with_intervals
 from app.evaluation.tables import write_csv
 from data.datasets.label_stats import read_label_maps, region_volumes_ml
 from data.datasets.patients import patient_of
@@ -26,17 +21,6 @@ from data.datasets.source import DataSource
 from data.errors import DataError
 from data.filesystem import why
 from data.labels import REGIONS
-
-#: Columns in the terminal: measure and heading.
-_SHOWN: Final = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "sensitivity_at_specificity": "sensitivity at specificity {:g}",
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "brier": "Brier",
-    "ece": "ECE",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +68,7 @@ class PresenceScores:
     def rows(self) -> list[list[str]]:
         """Return the table for the terminal: a row for each measure, a column for each output."""
         table = [["measure", *self.outputs]]
-        for measure, heading in _SHOWN.items():
+        for measure, (heading, _) in PRESENCE_MEASURES.items():
             cells = [interval_in_words(self.measures[name][measure]) for name in self.outputs]
             table.append([heading.format(self.specificity), *cells])
         return table
@@ -114,7 +98,7 @@ class PresenceScores:
                 name: {measure: asdict(one) for measure, one in of_output.items()}
                 for name, of_output in self.measures.items()
             },
-            "definitions": dict(PRESENCE_DEFINITIONS),
+            "definitions": {measure: definition for measure, (_, definition) in PRESENCE_MEASURES.items()},
             "fitted_here": self.fitted_here,
             "cases": [
                 {

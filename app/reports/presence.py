@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 from sklearn.metrics import roc_curve
 
-from app.evaluation.presence import PRESENCE_DEFINITIONS, FloatArray, Interval, calibration_bins
+from app.evaluation.presence import PRESENCE_MEASURES, FloatArray, Interval, calibration_bins
 from app.evaluation.presence_scores import PresenceScores
 from app.html.chart import Chart, Line, arm_line, draw_chart
 from app.html.elements import Row, charts_html, document, figure, number, write_html
@@ -29,9 +29,10 @@ def write_presence_page(scores: PresenceScores, page: Path) -> None:
 def render_presence(scores: PresenceScores) -> str:
     """Render the page as one HTML document; every external string is escaped."""
     rows: list[Row] = [
-        [name, measure, number(one.value), _interval(one), PRESENCE_DEFINITIONS[measure]]
+        [name, heading.format(scores.specificity), number(one.value), _interval(one), definition]
         for name, of_output in scores.measures.items()
-        for measure, one in of_output.items()
+        for measure, (heading, definition) in PRESENCE_MEASURES.items()
+        for one in [of_output[measure]]
     ]
     charts = [_chart(scores, *kind) for kind in (("ROC", "sensitivity"), ("calibration", "share present"))]
     body = fill("presence.html", rows=rows, charts=charts_html(charts), wrong=_wrong(scores))

@@ -1382,6 +1382,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
         Shown(command="znormseg train DATA NEW --config presence --set network.architecture=unet", code=4),
         Shown(command="znormseg compare DATA OUT --config presence --set task.labels_csv=labels.csv", code=4),
         Shown(command=f"{PREDICT} --presence RUN", code=5),
+        Shown(command=f"{PREDICT} --presence starter", code=5),
     ],
     "Runs and their weights": [
         # RUN that does not exist, is a file, is none, has no weights

@@ -11,14 +11,18 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import jsonschema
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import typer
 
 from app.cli.presence import refuse_for_presence
 from app.config.load import RunConfig, load_config
-from app.errors import ConfigError
+from app.errors import ConfigError, RunError
 from app.evaluation.presence_scores import read_presence_predictions
+from app.inference.tumour_presence.gate import Gate, GateAnswer
+from app.inference.tumour_presence.model import load_presence
 from app.schemas import json_schema
 from app.training.presence import Presence
 from app.training.run import resume, start
@@ -74,7 +78,6 @@ def presence_run(phantoms: Path, split: Path, tmp_path_factory: pytest.TempPathF
 def predictions(presence_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Predictions of that run; tests must not modify them."""
     from app.inference.batch.presence import predict_presence
-    from app.inference.tumour_presence.model import load_presence
     from app.runs.training_record import training_record
     from app.system.device import RuntimeConfig, choose_runtime
 
@@ -347,6 +350,37 @@ def test_a_gate_removes_enhancing_tumour_and_says_so(
     jsonschema.Draft202012Validator(json_schema("predict")).validate(content)
 
 
+@pytest.fixture
+def gated(presence_run: Path, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> Callable[[], Any]:
+    """Predict a phantom with and without a gate; return both label maps and the JSON of the gated one."""
+    case = sorted(phantoms.iterdir())[0]
+
+    def predict(name: str, *more: Any) -> Any:
+        assert znormseg("predict", tiny_run, case, tmp_path / name, *more, "--device", "cpu").code == 0
+        stored: Any = nib.load(tmp_path / name / f"{case.name}.nii.gz")
+        return np.asarray(stored.dataobj)
+
+    def both() -> Any:
+        plain, found = predict("plain"), predict("gated", "--presence", presence_run)
+        return plain, found, json.loads((tmp_path / "gated" / f"{case.name}.json").read_text())
+
+    return both
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.7, 0.9])
+def test_a_gate_turns_enhancing_tumour_into_core_below_its_threshold_and_changes_nothing_else(
+    gated: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, probability: float
+) -> None:
+    answer = GateAnswer(probability=probability, threshold=0.7, tuned=True, run="RUN2", weights_sha256="0")
+    monkeypatch.setattr(Gate, "answer", lambda *_: answer)
+    removes = probability < 0.7
+    plain, found, content = gated()
+    assert (plain == 4).any()
+    assert np.array_equal(found, np.where(plain == 4, 1, plain) if removes else plain)
+    assert content["presence"]["removed_ml"] == pytest.approx(0.064 * (plain == 4).sum() * removes, abs=1e-3)
+    assert ("enhancing_removed" in [flag["code"] for flag in content["flags"]]) == removes
+
+
 def test_a_case_without_a_contrast_that_the_gate_needs_is_refused(phantoms: Path, tmp_path: Path) -> None:
     from app.inference.batch.predict import PredictSteps
     from data.datasets.layouts import find_cases
@@ -363,6 +397,12 @@ def test_a_case_without_a_contrast_that_the_gate_needs_is_refused(phantoms: Path
 def test_a_segmentation_is_no_gate(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("predict", tiny_run, phantoms, tmp_path / "out", "--presence", tiny_run)
     assert (ended.code, "not a presence model" in ended.err) == (5, True)
+
+
+@pytest.mark.parametrize(("name", "task"), [("starter", "segmentation"), ("mindgrab", "skull stripping")])
+def test_a_published_model_as_gate_is_named_as_what_it_is(name: str, task: str) -> None:
+    with pytest.raises(RunError, match=f"^{name}: a published model for {task}, not for presence. Give a run of"):
+        load_presence(Path(name), cast("Any", None))
 
 
 def test_config_of_a_presence_run_reads_back(presence_run: Path) -> None:
@@ -399,7 +439,6 @@ def test_every_case_is_answered_by_the_network_that_was_not_trained_on_it(crossv
 
 
 def test_the_ensemble_predicts_with_its_tuned_decision(crossvalidated: Path, phantoms: Path, tmp_path: Path) -> None:
-    from app.inference.tumour_presence.model import load_presence
     from app.system.device import RuntimeConfig, choose_runtime
 
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
@@ -418,7 +457,6 @@ def test_a_finished_cross_validation_is_repeated_without_training(
 
 
 def test_a_presence_ensemble_makes_no_label_maps(crossvalidated: Path) -> None:
-    from app.errors import RunError
     from app.inference.ensemble import load_predictor
     from app.system.device import RuntimeConfig, choose_runtime
 
@@ -454,7 +492,6 @@ def test_an_exported_presence_network_agrees_with_the_original(
 
 
 def test_a_bundle_of_a_presence_network_is_refused(presence_run: Path, phantoms: Path, tmp_path: Path) -> None:
-    from app.errors import RunError
     from app.exporting.export import export_run
 
     with pytest.raises(RunError, match="bundles hold segmentations"):

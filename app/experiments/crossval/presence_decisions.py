@@ -1,9 +1,10 @@
 """Fit the decisions of a presence network on out-of-fold logits: Platt scaling, and a threshold for each output.
 
 Platt scaling (Platt 1999) is a logistic regression on one logit. It is kept only if it lowers the Brier score of folds
-that it was not fitted on. The threshold maximises sensitivity plus specificity (Youden 1950); of equally good ones, the
-one in the middle of the widest gap between probabilities is taken, so that a gate removes as little as possible by
-chance.
+that it was not fitted on. A slope that is not above 0 means that larger logits do not go with presence: the network has
+learned nothing to decide by, so neither scaling nor threshold is fitted. The threshold maximises sensitivity plus
+specificity (Youden 1950); of equally good ones, the one in the middle of the widest gap between probabilities is taken,
+so that a gate removes as little as possible by chance.
 """
 
 from __future__ import annotations
@@ -33,6 +34,20 @@ class FittedDecision:
     sensitivity: float | None
     """Share of present examples found with a threshold tuned without their fold; None without such examples."""
     specificity: float | None
+    slope: float | None = None
+    """Of Platt scaling fitted on all folds, also where it was not kept; None if it was not fitted."""
+
+    @property
+    def untuned_because(self) -> str:
+        """Why nothing was tuned, as the rest of a sentence about the output; empty if something was."""
+        if self.decision.tuned:
+            return ""
+        if self.slope is None:
+            return "all cases are of one kind, so nothing was tuned"
+        return (
+            f"larger out-of-fold logits do not go with presence (slope {self.slope:.3g}), so nothing was tuned. The "
+            "networks are no better than chance; do not use them"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -48,7 +63,7 @@ def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> Fitt
         folds: fold of each example.
 
     Returns:
-        an untuned decision if all examples are of one kind.
+        an untuned decision if all examples are of one kind, or larger logits do not go with presence.
     """
     plain = Decision().probability(logits)
     before = float(np.mean((plain - truth) ** 2))
@@ -56,19 +71,28 @@ def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> Fitt
         return FittedDecision(
             decision=Decision(), brier_before=before, brier_after=before, sensitivity=None, specificity=None
         )
+    slope, intercept = platt_scaling(logits, truth)
+    if slope <= 0:
+        return FittedDecision(
+            decision=Decision(),
+            brier_before=before,
+            brier_after=before,
+            sensitivity=float((plain[truth == 1] >= UNTUNED).mean()),
+            specificity=float((plain[truth == 0] < UNTUNED).mean()),
+            slope=slope,
+        )
     left_out = np.array(plain)
     for fold in np.unique(folds):
         if len(set(truth[folds != fold].tolist())) > 1:
-            left_out[folds == fold] = platt_scaling(logits[folds != fold], truth[folds != fold]).probability(
-                logits[folds == fold]
-            )
+            scaling = _calibration(logits[folds != fold], truth[folds != fold])
+            left_out[folds == fold] = scaling.probability(logits[folds == fold])
     after = float(np.mean((left_out - truth) ** 2))
     scale = after < before
     decided = np.zeros(len(truth), dtype=bool)
     for fold in np.unique(folds):
         others = folds != fold
         decided[~others] = _decide(logits[others], truth[others], logits[~others], scale=scale)
-    scaling = platt_scaling(logits, truth) if scale else Decision()
+    scaling = Decision(slope=slope, intercept=intercept) if scale else Decision()
     probability = scaling.probability(logits)
     threshold = best_threshold(probability, truth)
     decision = Decision(slope=scaling.slope, intercept=scaling.intercept, threshold=threshold, tuned=True)
@@ -78,13 +102,20 @@ def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> Fitt
         brier_after=after if scale else before,
         sensitivity=float(decided[truth == 1].mean()),
         specificity=float((~decided[truth == 0]).mean()),
+        slope=slope,
     )
 
 
-def platt_scaling(logits: FloatArray, truth: FloatArray) -> Decision:
+def platt_scaling(logits: FloatArray, truth: FloatArray) -> tuple[float, float]:
     """Fit slope and intercept by logistic regression with scikit-learn's default penalty; both classes are needed."""
     model = LogisticRegression().fit(logits[:, None], truth)
-    return Decision(slope=float(model.coef_[0, 0]), intercept=float(model.intercept_[0]))
+    return float(model.coef_[0, 0]), float(model.intercept_[0])
+
+
+def _calibration(logits: FloatArray, truth: FloatArray) -> Decision:
+    """Return Platt scaling without a threshold; none if its slope is not above 0."""
+    slope, intercept = platt_scaling(logits, truth)
+    return Decision(slope=slope, intercept=intercept) if slope > 0 else Decision()
 
 
 def best_threshold(probability: FloatArray, truth: FloatArray) -> float:
@@ -108,6 +139,6 @@ def _decide(logits: FloatArray, truth: FloatArray, others: FloatArray, *, scale:
     """Decide on other examples with a scaling and a threshold that are fitted on these."""
     if len(set(truth.tolist())) < 2:
         return Decision().probability(others) >= UNTUNED
-    scaling = platt_scaling(logits, truth) if scale else Decision()
+    scaling = _calibration(logits, truth) if scale else Decision()
     threshold = best_threshold(scaling.probability(logits), truth)
     return scaling.probability(others) >= threshold

@@ -17,6 +17,7 @@ from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE, ENSEMBLE_FOLDER
 from app.runs.checkpoints import load_newest
 from app.runs.folder import read_json
 from app.runs.model_card import is_presence, newest_best
+from app.runs.published import MODELS
 from app.system.device import Runtime
 from data.contrasts import presence_mask
 from data.labels import CONTRASTS, Contrast
@@ -40,12 +41,17 @@ class Decision:
     """How one output's logit becomes a calibrated probability and a decision."""
 
     slope: float = 1.0
-    """Platt scaling: the calibrated logit is slope times logit plus intercept (Platt 1999)."""
+    """Platt scaling: the calibrated logit is slope times logit plus intercept (Platt 1999). Above 0: otherwise the slab
+    with the largest logit of a case would not be the one with the largest probability."""
     intercept: float = 0.0
     threshold: float = UNTUNED
     """The output counts as present from this calibrated probability on."""
     tuned: bool = False
     """Whether a cross-validation fitted these numbers on out-of-fold answers."""
+
+    def __post_init__(self) -> None:
+        if not self.slope > 0:
+            raise ValueError(f"slope {self.slope:g} of the calibration, which must be above 0")
 
     def probability(self, logits: FloatArray) -> FloatArray:
         """Return calibrated probabilities.
@@ -130,6 +136,11 @@ def load_presence(folder: Path, runtime: Runtime) -> PresenceModel:
     Raises:
         RunError: the folder is something else, or its weights are missing, damaged or replaced.
     """
+    if not folder.exists() and (published := MODELS.get(str(folder))) is not None:
+        raise RunError(
+            f"{folder}: a published model for {published.task}, not for presence. Give a run of znormseg train "
+            "--config presence, or the ensemble of its cross-validation."
+        )
     if not folder.is_dir():
         raise RunError(f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}; give a presence run")
     if (folder / CROSSVAL_FILE).exists():

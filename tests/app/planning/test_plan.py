@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from app.config.load import RunConfig, load_config, to_plain
-from app.errors import MemoryShortError
+from app.errors import ConfigError, MemoryShortError
 from app.planning.dry_run import Needed, TooMuch, try_out
 from app.planning.estimate import estimate, step_bytes
 from app.planning.fingerprint import Extent, Fingerprint, read_data_set
@@ -612,3 +612,9 @@ def test_a_real_trial_that_does_not_fit_becomes_smaller(trial: TrialRequest, tmp
     assert fitted.needed.own_bytes is not None
     assert fitted.needed.own_bytes <= 0.9 * most
     assert asdict(fitted.attempts[0])["outcome"] != asdict(fitted.attempts[-1])["outcome"]
+
+
+@pytest.mark.parametrize("config", ["presence", "presence-slabs"])
+def test_a_presence_config_is_refused_before_the_data_are_read(tmp_path: Path, config: str) -> None:
+    with pytest.raises(ConfigError, match=r"^plan: only for segmentation"):
+        plan_run(DataSource(tmp_path / "nowhere"), config=config)

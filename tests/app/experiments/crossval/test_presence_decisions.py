@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from app.experiments.crossval.presence_decisions import best_threshold, fit_decision, platt_scaling
+from app.inference.tumour_presence.model import Decision
 
 TRUTH = np.tile([0.0, 1.0], 20)
 FOLDS = np.arange(40) // 2 % 5
@@ -45,4 +46,26 @@ def test_of_equally_good_thresholds_the_one_in_the_widest_gap_is_taken() -> None
 
 
 def test_platt_scaling_keeps_the_order_of_answers_that_are_right_on_average() -> None:
-    assert platt_scaling(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([0.0, 0.0, 1.0, 1.0])).slope > 0
+    slope, _ = platt_scaling(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([0.0, 0.0, 1.0, 1.0]))
+    assert slope > 0
+
+
+def test_answers_that_are_worse_than_chance_are_neither_scaled_nor_decided_by() -> None:
+    fitted = fit_decision(np.where(TRUTH == 1, -2.0, 2.0), TRUTH, FOLDS)
+    assert fitted.slope is not None
+    assert fitted.slope < 0
+    assert fitted.decision == Decision()
+    assert (fitted.sensitivity, fitted.specificity) == (0.0, 0.0)
+    assert "no better than chance" in fitted.untuned_because
+
+
+def test_a_fold_whose_complement_has_a_negative_slope_is_not_scaled_with_it() -> None:
+    logits, truth = np.array([-9.0, 9.0, 1.0, -1.0]), np.array([0.0, 1.0, 0.0, 1.0])
+    fitted = fit_decision(logits, truth, np.array([0, 0, 1, 1]))
+    assert fitted.brier_after <= fitted.brier_before
+    assert fitted.decision.slope > 0
+
+
+def test_a_decision_with_a_negative_slope_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"slope -0\.5 of the calibration, which must be above 0"):
+        Decision(slope=-0.5)
