@@ -72,7 +72,7 @@ class Presence(Task):
         most = max(parts)
 
         def probabilities(number: int) -> list[float]:
-            logits = case_logits(taking, cases[number].image(), self._config, runtime, between=between_windows)
+            logits = case_logits([taking], cases[number].image(), self._config, runtime, between=between_windows)
             return [*expit(logits).ravel(), *[0.0] * (most - len(logits)) * len(self._outputs)]
 
         rows = world.rows(len(cases), probabilities)

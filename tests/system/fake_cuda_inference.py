@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from torch import nn
 
 sys.path.insert(0, __file__.rpartition("/")[0])
 from fake_cuda import Watch, allow_autograd, fake_cuda  # type: ignore[import-not-found]  # a neighbour
@@ -27,8 +28,11 @@ from app.inference.backends.trace import trace_of
 from app.inference.model import Model, Predictor
 from app.inference.probabilities import predict_answer
 from app.inference.sliding_window.memory_fallback import ComputePlan, MemoryFallback
+from app.inference.tumour_presence.model import Decision, PresenceModel
 from app.system.device import Precision, Runtime
+from app.training.presence_labels import RECORD, presence_record
 from app.training.state import new_state
+from app.training.tasks import task_of
 from app.training.validation import on_contrasts, validation_dice
 from data.labels import CONTRASTS, CONVENTIONS
 from data.patches.sampler import CachedCase
@@ -39,6 +43,7 @@ _TINY: Final = ("training.patch_voxels=[32, 32, 32]", "network.channels=[8, 16, 
 #: Twelve windows of 32 voxels, in two batches.
 _SMALL: Final = (64, 40, 40)
 _BRAIN: Final = (144, 176, 144)
+_AT_2_MM: Final = (72, 88, 72)
 
 
 class _Networks(Predictor):
@@ -123,12 +128,8 @@ def predict(
             predict_answer(model, _prepared(shape, files), runtime, options=options, fallback=_Changed(change))
             for handle in handles:
                 handle.remove()
-        return {
-            **watch.report(),
-            "passes": len(windows),
-            "devices": sorted({str(p.device) for one in members for p in one.network.parameters()}),
-            "volume_bytes": len(CONTRASTS) * int(np.prod(shape)) * 4,
-        }
+        volume_bytes = len(CONTRASTS) * int(np.prod(shape)) * 4
+        return _counts(watch, windows, [one.network for one in members], volume_bytes)
 
 
 class _Changed(MemoryFallback):
@@ -179,12 +180,58 @@ def validate(
             runtime=runtime,
             between_windows=lambda: passes.append(1),
         )
-        return {
-            **watch.report(),
-            "passes": len(passes),
-            "devices": sorted({str(p.device) for p in state.network.parameters()}),
-            "volume_bytes": len(CONTRASTS) * int(np.prod(shape)) * 2 + int(np.prod(shape)),
-        }
+        volume_bytes = len(CONTRASTS) * int(np.prod(shape)) * 2 + int(np.prod(shape))
+        return _counts(watch, passes, [state.network], volume_bytes)
+
+
+def judge(name: str, *, networks: int = 1, shape: tuple[int, int, int] = _AT_2_MM) -> dict[str, Any]:
+    """Return the counts of a presence model's answer for a case, after another one."""
+    config = load_config(name)
+    runtime, watch = _runtime(config, "bfloat16"), Watch()
+    with fake_cuda(watch):
+        members = [new_state(config, runtime).network.eval() for _ in range(networks)]
+        model = PresenceModel(
+            networks=tuple(members),
+            config=config,
+            origin="",
+            spacing_mm=(2.0, 2.0, 2.0),
+            sha256="",
+            decisions={name: Decision() for name in config.outputs},
+        )
+        passes: list[int] = []
+        for _ in range(2):
+            watch.reset()
+            passes.clear()
+            handles = [one.register_forward_pre_hook(lambda *_: passes.append(1)) for one in members]
+            model.logits(_prepared(shape).image, CONTRASTS, runtime)
+            for handle in handles:
+                handle.remove()
+        return _counts(watch, passes, members, len(CONTRASTS) * int(np.prod(shape)) * 4)
+
+
+def validate_presence(name: str, *, shape: tuple[int, int, int] = _AT_2_MM) -> dict[str, Any]:
+    """Return the counts of the validation of a case in the middle of a presence run."""
+    config = load_config(name)
+    runtime, watch = _runtime(config, "bfloat16"), Watch()
+    labels = {case_id: (value,) * len(config.outputs) for value, case_id in enumerate("ab")}
+    facts = {RECORD: presence_record(config, labels, list(labels)), "spacing_mm": (2.0, 2.0, 2.0)}
+    with fake_cuda(watch):
+        state = new_state(config, runtime)
+        state.network.train()
+        passes: list[int] = []
+        watch.reset()
+        task_of(config, facts).validate(
+            state.evaluated,
+            [_Case(id="a", folder=Path(), shape=shape)],
+            runtime=runtime,
+            between_windows=lambda: passes.append(1),
+        )
+        return _counts(watch, passes, [state.network], len(CONTRASTS) * int(np.prod(shape)) * 4)
+
+
+def _counts(watch: Watch, passes: list[int], networks: list[nn.Module], volume_bytes: int) -> dict[str, Any]:
+    devices = {str(parameter.device) for network in networks for parameter in network.parameters()}
+    return {**watch.report(), "passes": len(passes), "devices": sorted(devices), "volume_bytes": volume_bytes}
 
 
 _EVERYTHING: Final = PredictOptions(tta=True, uncertainty=True)
@@ -199,6 +246,8 @@ SCENARIOS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "predict, padded, whole volume": partial(predict, shape=(20, 64, 40), crop=False),
     "validate": validate,
     "validate, ema, presence": partial(validate, settings=(*_PRESENCE, "training.ema_decay=0.999")),
+    "presence, slabs": partial(judge, "presence-slabs"),
+    "presence, validate slabs": partial(validate_presence, "presence-slabs"),
     # Slow
     "predict, size of a brain": partial(predict, settings=(), shape=_BRAIN),
     "predict, unet": partial(predict, "unet", settings=(), shape=_BRAIN),
@@ -214,6 +263,9 @@ SCENARIOS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "validate, large": partial(validate, "large", settings=("training.patch_voxels=[64, 64, 64]",)),
     "validate, float16": partial(validate, precision="float16"),
     "validate, float32": partial(validate, precision="float32"),
+    "presence, brain": partial(judge, "presence"),
+    "presence, two networks": partial(judge, "presence-slabs", networks=2),
+    "presence, validate brain": partial(validate_presence, "presence"),
 }
 
 

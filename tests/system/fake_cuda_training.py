@@ -26,12 +26,14 @@ from fake_cuda import (  # type: ignore[import-not-found]  # a neighbour of this
     is_ndhwc,
 )
 
-from app.config.load import load_config
+from app.config.load import RunConfig, load_config
 from app.system.device import Precision, Runtime
 from app.training import gradient
 from app.training.cases import patch_settings
+from app.training.presence_labels import RECORD, presence_record
 from app.training.state import new_state, to_checkpoint
-from app.training.step import Stepper, loss_for
+from app.training.step import Stepper
+from app.training.tasks import task_of
 from app.training.telemetry import Telemetry
 from data.patches.on_device import DevicePatches
 from data.patches.sampler import Batch, CachedCase, PatchSource
@@ -75,6 +77,8 @@ FAST: Final[dict[str, Scenario]] = {
     "scope global": _small("gradient.znorm.scope=global"),
     "contrast dropout, accumulate 3": _small("augment.contrast_dropout=0.5", "training.accumulate=3"),
     "every augmentation": _small(*_AUGMENTED),
+    "presence": Scenario("presence"),
+    "presence-slabs": Scenario("presence-slabs"),
     "a read in the step": _small(reads=True),
 }
 SLOW: Final[dict[str, Scenario]] = {
@@ -140,12 +144,14 @@ def count_step(scenario: Scenario) -> dict[str, Any]:
         state = new_state(config, runtime)
         state.network.train()
         attached = gradient.attach_transform(config.gradient, state.optimizer, state.network)
-        loss = loss_for(config)
+        task = task_of(config, _facts(config))
+        loss = task.loss()
         stepper = Stepper(
             config=config,
             runtime=runtime,
             state=state,
             loss_of=(lambda logits, masks: loss(logits, masks).cpu().to(runtime.device)) if scenario.reads else loss,
+            target_of=task.target,
             telemetry=Telemetry(config.training.telemetry_steps, state.network, state.optimizer),
         )
         patches = DevicePatches(source, runtime.device)
@@ -166,6 +172,12 @@ def count_step(scenario: Scenario) -> dict[str, Any]:
         found["ndhwc"] = all(map(is_ndhwc, (one for one in parameters if one.dim() == 5)))
         to_checkpoint(state)
         return found
+
+
+def _facts(config: RunConfig) -> dict[str, Any]:
+    """What a run's folder says of the two cases: every output is absent in "one" and present in "two"."""
+    labels = {name: (value,) * len(config.outputs) for value, name in enumerate(("one", "two"))}
+    return {RECORD: presence_record(config, labels, list(labels)), "spacing_mm": (2.0, 2.0, 2.0)}
 
 
 def _batches(patches: DevicePatches, size: int) -> Iterator[Batch]:

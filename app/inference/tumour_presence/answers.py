@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,17 +50,17 @@ def seen_parts(image: npt.NDArray[Any], config: RunConfig) -> Iterator[npt.NDArr
 
 
 def case_logits(
-    network: nn.Module,
+    networks: Sequence[nn.Module],
     image: npt.NDArray[Any],
     config: RunConfig,
     runtime: Runtime,
     *,
     between: Callable[[], None] = lambda: None,
 ) -> FloatArray:
-    """Compute the logits of a prepared case.
+    """Compute the mean logits of networks for a prepared case; a GPU gets each part once and is waited for once.
 
     Args:
-        network: a network in eval mode, on the device of ``runtime``, that takes an image of shape (1, contrasts, X, Y,
+        networks: networks in eval mode, on the device of ``runtime``, that take an image of shape (1, contrasts, X, Y,
             Z).
         image: shape (contrasts, X, Y, Z).
         config: config of the run.
@@ -72,12 +72,13 @@ def case_logits(
     """
     rows = []
     for part in seen_parts(image, config):
-        between()
-        given = upload(torch.from_numpy(part)[None], runtime.device)
-        with torch.inference_mode(), runtime.autocast():
-            logits = network(given.contiguous(memory_format=runtime.memory_format))
-        rows.append(logits[0].double().cpu().numpy())
-    return np.stack(rows)
+        given = upload(torch.from_numpy(part)[None], runtime.device).contiguous(memory_format=runtime.memory_format)
+        for network in networks:
+            between()
+            with torch.inference_mode(), runtime.autocast():
+                rows.append(network(given)[0].double())
+    logits: FloatArray = torch.stack(rows).cpu().numpy().reshape(-1, len(networks), len(config.outputs))
+    return np.asarray(logits.mean(axis=1))
 
 
 def _padded(image: npt.NDArray[Any], patch: tuple[int, int, int]) -> npt.NDArray[np.float32]:

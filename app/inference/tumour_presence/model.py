@@ -98,11 +98,10 @@ class PresenceModel:
         from app.inference.tumour_presence.answers import case_logits
         from models import GivenPresence
 
-        found = []
-        for network in self.networks:
-            taking = GivenPresence(network, presence_mask(present)).eval() if self.takes_missing_contrasts else network
-            found.append(case_logits(taking, image, self.config, runtime))
-        return np.asarray(np.mean(found, axis=0))
+        networks: Sequence[nn.Module] = self.networks
+        if self.takes_missing_contrasts:
+            networks = [GivenPresence(network, presence_mask(present)).eval() for network in networks]
+        return case_logits(networks, image, self.config, runtime)
 
     def probabilities(self, logits: FloatArray) -> dict[str, FloatArray]:
         """Return calibrated probabilities by output, shape (parts,)."""
