@@ -153,10 +153,10 @@ def _service(url: str, token_file: Path | None) -> RemoteService:
     from app.errors import ConfigError
     from app.service.client import RemoteService
 
-    token = os.environ.get("ZNORMSEG_TOKEN", "") if token_file is None else token_file.read_text(encoding="utf-8")
+    token = os.environ.get("ZNORMSEG_TOKEN", "") if token_file is None else token_file.read_text(errors="replace")
     if not token.strip():
         raise ConfigError("no token: set ZNORMSEG_TOKEN, or give --token-file FILE")
-    return RemoteService(url=url, token=token.strip())
+    return RemoteService(url=url, token=token.strip(), on_wait=terminal.say)
 
 
 def _of_contrasts(files: dict[Contrast, Path]) -> list[tuple[str, Path, str | None]]:
@@ -170,6 +170,7 @@ def _of_folder(source: Path) -> list[tuple[str, Path, str | None]]:
         return [(source.name, source, None)]
     if not source.is_dir():
         raise DataError(f"{source}: does not exist")
+    source = source.resolve()  # "." and ".." have names too
     paths = sorted(path for path in source.rglob("*") if path.is_file() and not path.is_symlink())
     files = [(str(path.relative_to(source.parent)), path, None) for path in paths if path.stat().st_size]
     if not files:
@@ -177,8 +178,8 @@ def _of_folder(source: Path) -> list[tuple[str, Path, str | None]]:
     return [*files]
 
 
-def _state_file(url: str, files: Sequence[tuple[str, Path, str | None]]) -> Path:
-    """Return the file that records an upload in the user's folder for such files."""
+def _state_file(url: str, files: Sequence[tuple[str, Path, str | None]]) -> Path | None:
+    """Return the file that records an upload in the user's folder for such files; None if it cannot be written."""
     import hashlib
 
     import platformdirs
@@ -186,5 +187,11 @@ def _state_file(url: str, files: Sequence[tuple[str, Path, str | None]]) -> Path
     marks = [url, *(f"{path.resolve()} {path.stat().st_mtime_ns}" for _, path, _ in files)]
     name = hashlib.sha256("\n".join(marks).encode(errors="surrogateescape")).hexdigest()[:32]
     folder = Path(platformdirs.user_state_dir("znormseg")) / "uploads"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a user without a home folder, as in a container
+        terminal.say(
+            f"{folder}: cannot be created ({error.strerror}); after an interruption, all files are sent again."
+        )
+        return None
     return folder / f"{name}.json"

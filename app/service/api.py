@@ -144,7 +144,7 @@ def complete_upload(upload: UploadId, account: TheAccount, service: TheService) 
     "/uploads/{upload}",
     status_code=204,
     responses={
-        **_problems(404, 409),
+        **_problems(404, 409, 507),
         202: {"description": "It is marked as deleted; its files are removed as soon as possible."},
     },
     tags=["uploads"],
@@ -158,7 +158,7 @@ def delete_upload(upload: UploadId, account: TheAccount, service: TheService) ->
 # ---- jobs
 
 
-@router.post("/jobs", status_code=201, responses=_problems(404, 409), tags=["jobs"])
+@router.post("/jobs", status_code=201, responses=_problems(404, 409, 507), tags=["jobs"])
 def create_jobs(
     request: JobRequest,
     account: TheAccount,
@@ -198,13 +198,13 @@ def read_job(job: JobId, request: Request, account: TheAccount, service: TheServ
     return _tagged(request, service.jobs.read(account, job))
 
 
-@router.post("/jobs/{job}/cancel", responses=_problems(404, 409), tags=["jobs"])
+@router.post("/jobs/{job}/cancel", responses=_problems(404, 409, 507), tags=["jobs"])
 def cancel_job(job: JobId, account: TheAccount, service: TheService) -> JobAnswer:
     """Cancel a job that is queued or running."""
     return service.jobs.cancel(account, job)
 
 
-@router.post("/jobs/{job}/retry", responses=_problems(404, 409), tags=["jobs"])
+@router.post("/jobs/{job}/retry", responses=_problems(404, 409, 507), tags=["jobs"])
 def retry_job(job: JobId, account: TheAccount, service: TheService) -> JobAnswer:
     """Queue a job again that has failed or was cancelled."""
     return service.jobs.retry(account, job)
@@ -214,7 +214,7 @@ def retry_job(job: JobId, account: TheAccount, service: TheService) -> JobAnswer
     "/jobs/{job}",
     status_code=204,
     responses={
-        **_problems(404),
+        **_problems(404, 507),
         202: {
             "description": "It is marked as deleted; its files are removed as soon as possible, those of a running job "
             "once its worker has stopped."

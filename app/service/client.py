@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,9 @@ _BUSY: Final = (429, 502, 503, 504, 507)
 _LONGEST_PAUSE_SECONDS: Final = 60.0
 _MOST_WAIT_SECONDS: Final = 1800.0
 _BLOCK_BYTES: Final = 1 << 20
+#: Texts of OpenSSL that stay the same however often the request is repeated.
+_TLS_FAULTS: Final = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")
+_TOKEN: Final = re.compile(r"[!-~]+")
 
 
 @dataclass(kw_only=True)
@@ -38,13 +42,18 @@ class RemoteService:
     """Address of the service, such as ``https://segment.example.org``."""
     token: str
     pause: Callable[[float], None] = time.sleep
+    on_wait: Callable[[str], None] = lambda _: None
+    """Called with the reason when a request has to be repeated, once for each request."""
     _session: requests.Session = field(default_factory=requests.Session, repr=False)
 
     def __post_init__(self) -> None:
         weakref.finalize(self, self._session.close)
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc or parts.username is not None:
+        if not _is_address(self.url):
             raise ConfigError(f"{self.url}: not the address of a service; give http://HOST:PORT or https://HOST")
+        if _TOKEN.fullmatch(self.token) is None:
+            raise ConfigError(
+                "not a token: it has no spaces, line breaks or accents. Copy the line that token add printed"
+            )
         self._session.headers["Authorization"] = f"Bearer {self.token}"
 
     # ---- submit
@@ -220,12 +229,15 @@ class RemoteService:
             try:
                 answer = self._once(method, address, body, more)
             except requests.RequestException as error:
+                if any(text in str(error) for text in _TLS_FAULTS):
+                    raise OSError(_of_tls(self.url, str(error))) from error
                 failures += 1
                 if failures == _ATTEMPTS:
                     raise OSError(
                         f"{self.url}: cannot be reached: {type(error).__name__}. Is the service running?"
                     ) from error
                 pause = _PAUSE_SECONDS * 2 ** (failures - 1)
+                reason = f"cannot be reached: {type(error).__name__}."
             else:
                 if answer.ok or answer.status_code in also:
                     return answer
@@ -238,6 +250,8 @@ class RemoteService:
                 pause = min(float(stated) if stated.isdecimal() else growing, _LONGEST_PAUSE_SECONDS)
                 pause = max(pause, _PAUSE_SECONDS)
                 busy, waited = busy + 1, waited + pause
+            if failures + busy == 1:
+                self.on_wait(f"{self.url}: {reason} Trying again.")
             self.pause(pause)
 
     def _once(self, method: str, address: str, body: Path | None, more: dict[str, Any]) -> requests.Response:
@@ -247,6 +261,26 @@ class RemoteService:
             return self._session.request(
                 method, address, timeout=_TIMEOUT_SECONDS, allow_redirects=False, data=file, **more
             )
+
+
+def _is_address(url: str) -> bool:
+    """Whether requests can be sent to a URL, which must not contain a password."""
+    try:
+        parts = urlsplit(url)
+        requests.Request("GET", url).prepare()
+        usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # requests' own errors are of this kind too
+        return False
+    return usable and parts.username is None
+
+
+def _of_tls(url: str, error: str) -> str:
+    if "WRONG_VERSION_NUMBER" in error:
+        return f"{url}: does not speak TLS. Give its address with http://"
+    return (
+        f"{url}: its certificate is not trusted. If your hospital issued it, let the variable REQUESTS_CA_BUNDLE name "
+        "the PEM file of the hospital's authority"
+    )
 
 
 def _reason(answer: requests.Response) -> str:

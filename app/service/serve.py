@@ -33,12 +33,14 @@ def serve(settings: ServiceSettings, http: HttpSettings, *, on_start: Callable[[
         on_start: called with the address once requests are answered.
 
     Raises:
-        RunError: another service uses the data folder or the database, or a newer program made the database.
+        RunError: another service uses the data folder or the database, a newer program made the database, or a model's
+            folder does not exist.
         ConfigError: as raised by :func:`require_usable` and :func:`~app.service.service.create_service`.
         OSError: the data folder cannot be written to, or the address is in use.
     """
     os.umask(0o077)
     require_usable(http)
+    require_models(settings)
     if http.host not in _LOOPBACK and http.certificate is None and http.proxy is None:
         LOG.warning(
             "%s: passwords and images travel unencrypted; use --tls-cert and --tls-key, or a proxy that speaks TLS",
@@ -84,6 +86,17 @@ def only_service(folder: Path) -> Iterator[None]:
                 raise
             warn_once(folder, "lock files", error, "Make sure that no second service uses this folder.")
         yield
+
+
+def require_models(settings: ServiceSettings) -> None:
+    """Check that the folders of the models exist; only workers load them, and a service without any serves nobody.
+
+    Raises:
+        RunError: one does not exist.
+    """
+    for folder in settings.models.values():
+        if not folder.is_dir():
+            raise RunError(f"--model {folder}: does not exist; give the folder of a run or of an ensemble")
 
 
 def require_usable(http: HttpSettings) -> None:

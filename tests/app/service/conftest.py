@@ -13,6 +13,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from starlette.types import ASGIApp
 
 from app.service.accounts import Account
 from app.service.http_server import HttpSettings, http_config
+from app.service.serve import require_usable
 from app.service.service import Service, create_service
 from app.service.settings import ServiceSettings
 from app.service.site import create_routes, guarded
@@ -100,10 +102,10 @@ def client(site: ASGIApp) -> TestClient:
     return TestClient(site, base_url="http://localhost", follow_redirects=False)
 
 
-@pytest.fixture
-def live_port(site: ASGIApp) -> Iterator[int]:
-    """Port of a real HTTP server of the service, which computes nothing."""
-    server = uvicorn.Server(http_config(site, HttpSettings(port=0)))
+@contextmanager
+def running(site: ASGIApp, http: HttpSettings) -> Iterator[int]:
+    """Answer requests in a thread; yields the port."""
+    server = uvicorn.Server(http_config(site, http))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -111,6 +113,34 @@ def live_port(site: ASGIApp) -> Iterator[int]:
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture
+def live_port(site: ASGIApp) -> Iterator[int]:
+    """Port of a real HTTP server of the service, which computes nothing."""
+    with running(site, HttpSettings(port=0)) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with cert.pem, which nobody has signed, and key.pem."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem -days 2 -subj /CN=localhost"
+    command += " -addext subjectAltName=DNS:localhost,IP:127.0.0.1"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def tls_port(site: ASGIApp, certificate: Path) -> Iterator[int]:
+    """Port of a real HTTPS server of the service, which computes nothing."""
+    http = HttpSettings(port=0, certificate=certificate / "cert.pem", key=certificate / "key.pem")
+    require_usable(http)
+    with running(site, http) as port:
+        yield port
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from app.cli.serve import _names
-from app.errors import ConfigError, message
+from app.errors import ConfigError, RunError, message
 from app.service.check import check_service
 from app.service.database import Database
 from app.service.http_server import HttpSettings
-from app.service.serve import require_usable
+from app.service.serve import require_models, require_usable
 from app.service.settings import ServiceSettings
 
 
@@ -42,3 +42,8 @@ def test_an_inbox_that_does_not_exist_is_found(settings: ServiceSettings, tmp_pa
 )
 def test_the_address_that_is_listened_on_is_answered(host: str, names: tuple[str, ...]) -> None:
     assert _names(host, ["a.org"]) == names
+
+
+def test_the_folder_of_a_model_that_does_not_exist_is_refused_before_the_start(settings: ServiceSettings) -> None:
+    with pytest.raises(RunError, match="run: does not exist"):
+        require_models(settings)

@@ -152,7 +152,15 @@ def test_a_server_that_stays_away_is_given_up_after_half_an_hour(monkeypatch: py
 def test_a_wrong_token_and_a_wrong_address_are_said(live_port: int) -> None:
     with pytest.raises(RunError, match="The token is not valid"):
         RemoteService(url=f"http://127.0.0.1:{live_port}", token="x").job("0" * 32)
-    for url in ("127.0.0.1:8000", "ftp://a", "http://user:secret@a"):
+    for url in (
+        "127.0.0.1:8000",
+        "ftp://a",
+        "http://user:secret@a",
+        "http://[::1",
+        "http://:80",
+        "http://a:x",
+        "http://*",
+    ):
         with pytest.raises(ConfigError, match="not the address of a service"):
             RemoteService(url=url, token="x")
 
@@ -173,3 +181,53 @@ def test_the_commands_list_and_fetch(
     fetched = znormseg("remote", "fetch", remote.url, done, tmp_path / "out")
     assert fetched.code == 0, fetched.err
     assert (tmp_path / "out" / f"{done}.nii.gz").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("text", [b"", b"two words", b"two\nlines", b"\xff\xfe"])
+def test_a_file_that_has_no_token_is_refused(znormseg: Callable[..., Any], tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "token").write_bytes(text)
+    ended = znormseg("remote", "status", "http://127.0.0.1:9", "--token-file", tmp_path / "token")
+    assert ended.code == 4, ended.err
+    assert "token" in ended.err
+
+
+def test_the_first_failure_of_a_request_is_told() -> None:
+    told: list[str] = []
+    away = RemoteService(url="http://127.0.0.1:9", token="x", pause=lambda _: None, on_wait=told.append)
+    with pytest.raises(OSError, match="cannot be reached"):
+        away.job("0" * 32)
+    assert told == ["http://127.0.0.1:9: cannot be reached: ConnectionError. Trying again."]
+
+
+def test_a_certificate_that_is_trusted_serves_the_api(
+    tls_port: int, service: Service, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate / "cert.pem"))
+    remote = RemoteService(url=f"https://127.0.0.1:{tls_port}", token=service.accounts.add_token("ann"))
+    assert list(remote.jobs()) == []
+
+
+def test_what_is_wrong_with_tls_is_said_at_once(tls_port: int, live_port: int) -> None:
+    def pause(_: float) -> None:
+        raise AssertionError("repeated")
+
+    for port, words in ((tls_port, "certificate is not trusted"), (live_port, "does not speak TLS")):
+        with pytest.raises(OSError, match=words):
+            RemoteService(url=f"https://127.0.0.1:{port}", token="x", pause=pause).job("0" * 32)
+
+
+def test_without_a_home_folder_a_submission_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.cli.remote import _state_file
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert _state_file("http://a", []) is None
+
+
+def test_the_working_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.cli.remote import _of_folder
+
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "a_t1.nii.gz").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path / "case")
+    assert [name for name, _, _ in _of_folder(Path())] == ["case/a_t1.nii.gz"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from app.service.accounts import Account
@@ -306,3 +307,8 @@ def test_the_log_says_who_did_what_without_names_of_cases(
         events = [(one.user, one.action, one.what) for one in session.query(Event)]
     assert ("ann", "job cancelled", job) in events
     assert "Doe" not in str(events)
+
+
+def test_every_operation_that_writes_documents_a_full_disk(routes: FastAPI) -> None:
+    operations = [one for path in routes.openapi()["paths"].values() for one in path.items()]
+    assert [one["description"] for method, one in operations if method != "get" and "507" not in one["responses"]] == []

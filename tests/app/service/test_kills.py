@@ -10,10 +10,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from data.phantoms import write_phantoms
 
 Start = Callable[..., Any]
 Predicted = Callable[[Path], bytes]
@@ -59,63 +63,123 @@ def test_a_killed_worker_and_a_killed_service_lose_nothing(
     assert server.stop() == 0
 
 
+@pytest.fixture
+def small_cases(tmp_path: Path) -> list[Path]:
+    """Four phantoms at 8 mm: what they cost is mostly what the service does with a job, and not the network."""
+    folder = tmp_path / "small"
+    write_phantoms(folder, 4, seed=1, spacing_mm=8.0)
+    return cases(folder)
+
+
+def events(folder: Path, action: str) -> Counter[str]:
+    """How often something is recorded of each job."""
+    with sqlite3.connect(f"file:{folder / 'service.db'}?mode=ro", uri=True) as database:
+        return Counter(what for (what,) in database.execute("SELECT what FROM events WHERE action = ?", (action,)))
+
+
+@dataclass(kw_only=True)
+class Client:
+    """Submits jobs one after the other, each once the one before has ended, whatever the server does meanwhile."""
+
+    server: Any
+    number: int
+    uploads: list[str]
+    made: dict[str, int] = field(default_factory=dict)
+    """Which of the uploads each job has."""
+    error: str = ""
+
+    def run(self, jobs: int) -> None:
+        for turn in range(jobs):
+            which = (self.number + turn) % len(self.uploads)
+            key = {"Idempotency-Key": f"{self.number}-{turn}"}
+            made = self.patiently("POST", "/jobs", {"upload": self.uploads[which]}, **key)
+            if made is None:
+                return
+            (job,) = (one["id"] for one in made["jobs"])
+            self.made[job] = which
+            while (found := self.patiently("GET", f"/jobs/{job}")) is not None and found["ended"] is None:
+                time.sleep(0.5)
+
+    def patiently(self, *request: Any, **headers: str) -> Any:
+        """Send a request until it is answered; None, and the error, if it is refused."""
+        while True:
+            try:
+                return self.server.ask(*request, **headers)
+            except (OSError, HTTPException) as error:
+                if getattr(error, "code", 503) not in (429, 503):
+                    self.error = f"{request}: {error}"
+                    return None
+                time.sleep(0.5)
+
+
 @pytest.mark.slow
 def test_two_hundred_jobs_of_eight_clients_survive_ten_kills(
-    start_server: Start, phantoms: Path, predicted: Predicted
+    start_server: Start, small_cases: list[Path], predicted: Predicted
 ) -> None:
     server = start_server("--workers", "2")
-    chosen = cases(phantoms)[:4]
-    uploads = [server.upload(case) for case in chosen]
-    made: dict[str, int] = {}
-    errors: list[str] = []
-
-    def client(number: int) -> None:
-        for turn in range(25):
-            which = (number + turn) % len(uploads)
-            key = {"Idempotency-Key": f"{number}-{turn}"}
-            while True:
-                try:
-                    (job,) = server.ask("POST", "/jobs", {"upload": uploads[which]}, **key)["jobs"]
-                except OSError as error:
-                    if getattr(error, "code", 503) not in (429, 503):
-                        errors.append(f"{error}")
-                        return
-                    time.sleep(0.5)
-                else:
-                    made[job["id"]] = which
-                    break
-
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
-    for thread in clients:
+    uploads = [server.upload(case) for case in small_cases]
+    clients = [Client(server=server, number=number, uploads=uploads) for number in range(8)]
+    threads = [threading.Thread(target=client.run, args=(25,)) for client in clients]
+    for thread in threads:
         thread.start()
     chance = random.Random(0)
-    memory = []
-    for turn in range(10):
-        time.sleep(chance.uniform(4, 12))
+    for turn in range(10):  # by what is done, not by the clock, so that jobs run at each kill on any machine
+        wait_until_done(server, chance.randint(10 * turn + 1, 10 * turn + 10))
+        time.sleep(chance.uniform(0, 1))
+        assert any(thread.is_alive() for thread in threads), [client.error for client in clients]
         if turn % 2:
             server.kill()
             assert disagreements(server.folder) == []
             server.start()
-        elif workers := server.workers():
-            os.kill(chance.choice(workers), signal.SIGKILL)
-        memory.append(_resident_mb(server.process.pid))
-    for thread in clients:
+        else:
+            os.kill(wait_for_workers(server, chance), signal.SIGKILL)
+            assert disagreements(server.folder) == []
+    wait_until_both_work(server)
+    wait_until_done(server, 130)  # all that a worker keeps has been loaded
+    memory = resident_mb(server)
+    for thread in threads:
         thread.join()
-    assert errors == []
+    made = {job: which for client in clients for job, which in client.made.items()}
+    assert [client.error for client in clients if client.error] == []
     assert len(made) == 200
-    ended = server.wait_until_ended(list(made), seconds=3600)
+    ended = server.wait_until_ended(list(made), seconds=60)
     assert Counter(job["state"] for job in ended) == {"done": 200}, server.log()
-    memory.append(_resident_mb(server.process.pid))
-    assert max(memory) < 400, memory
-    expected = [predicted(case) for case in chosen]
+    assert events(server.folder, "job done") == dict.fromkeys(made, 1)
+    expected = [predicted(case) for case in small_cases]
     for job, which in made.items():
         assert server.ask("GET", f"/jobs/{job}/results/label_map") == expected[which]
     assert disagreements(server.folder) == []
+    assert all(after < before + 30 for before, after in zip(memory, resident_mb(server), strict=True)), memory
 
 
-def _resident_mb(process: int) -> float:
-    status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+def wait_until_done(server: Any, count: int, seconds: float = 3600) -> None:
+    until = time.monotonic() + seconds
+    while len(events(server.folder, "job done")) < count:
+        assert time.monotonic() < until, server.log()
+        time.sleep(0.2)
+
+
+def wait_until_both_work(server: Any) -> None:
+    counted = "SELECT count(*) FROM jobs WHERE state = 'running'"
+    while True:
+        with sqlite3.connect(f"file:{server.folder / 'service.db'}?mode=ro", uri=True) as database:
+            if database.execute(counted).fetchone() == (2,):
+                return
+        time.sleep(0.1)
+
+
+def wait_for_workers(server: Any, chance: random.Random) -> int:
+    """Process id of one of the workers, both of which have started."""
+    while len(found := server.workers()) < 2:
+        time.sleep(0.1)
+    return chance.choice(found)
+
+
+def resident_mb(server: Any) -> list[float]:
+    """Memory of the server and of its workers."""
+    texts = [Path(f"/proc/{process}/status").read_text("ascii") for process in (server.process.pid, *server.workers())]
+    lines = (next(line for line in text.splitlines() if line.startswith("VmRSS")) for text in texts)
+    return [int(line.split()[1]) / 1024 for line in lines]
 
 
 @pytest.mark.slow

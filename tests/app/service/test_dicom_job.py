@@ -1,0 +1,62 @@
+"""A DICOM study as one .zip: it becomes a job whose result is also a DICOM segmentation."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+
+from data.datasets.layouts import find_cases
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def zipped_study(phantoms: Path, write_series: Callable[..., list[Path]], tmp_path: Path) -> Path:
+    """A phantom as a DICOM study of four series."""
+    timing = {"t1": (10, 600), "t1c": (10, 600), "t2": (100, 4500), "flair": (120, 9000)}
+    for number, (contrast, path) in enumerate(find_cases(phantoms)[0].contrasts.items(), start=1):
+        image = nib.Nifti1Image.from_filename(path)
+        echo, repetition = timing[contrast]
+        write_series(
+            tmp_path / "study" / str(number),
+            np.rint(np.asanyarray(image.dataobj)).clip(0).astype("<u2"),
+            image.affine,
+            SeriesNumber=str(number),
+            SeriesDescription="T1 post Gd" if contrast == "t1c" else contrast.upper(),
+            EchoTime=str(echo),
+            RepetitionTime=str(repetition),
+            InversionTime="2500" if contrast == "flair" else "",
+            ScanningSequence="SE",
+        )
+    archive = tmp_path / "study.zip"
+    with zipfile.ZipFile(archive, "w") as made:
+        for path in (tmp_path / "study").rglob("*"):
+            if path.is_file():
+                made.write(path, path.relative_to(tmp_path))
+    return archive
+
+
+def test_a_dicom_study_becomes_a_job_with_a_dicom_segmentation(
+    start_server: Callable[..., Any], zipped_study: Path
+) -> None:
+    server = start_server()
+    announced = {"files": [{"name": zipped_study.name, "bytes": zipped_study.stat().st_size}]}
+    upload = server.ask("POST", "/uploads", announced)["id"]
+    server.ask("PUT", f"/uploads/{upload}/files/0", zipped_study.read_bytes())
+    assert server.ask("POST", f"/uploads/{upload}/complete")["state"] == "ready"
+    (made,) = server.ask("POST", "/jobs", {"upload": upload})["jobs"]
+    (job,) = server.wait_until_ended([made["id"]])
+    assert job["state"] == "done", server.log()
+    content = server.ask("GET", f"/jobs/{job['id']}/results/dicom_seg")
+    segmentation = pydicom.dcmread(io.BytesIO(content))
+    assert segmentation.Modality == "SEG"
+    assert segmentation.PatientID == "PID-4711"
+    assert b"Mustermann" not in server.ask("GET", f"/jobs/{job['id']}/results/record")
