@@ -166,7 +166,7 @@ def finish_presence(folds: Folds, results: Sequence[Mapping[str, Any]]) -> Prese
     auroc = {name: scores.measures[name]["auroc"].value for name in scores.outputs}
     write_networks(
         folds,
-        of_each=[{}] * len(folds.splits),
+        of_each=[{} for _ in folds.splits],
         of_all={"version": VERSION, "decisions": decisions, "out_of_fold_auroc": auroc},
     )
     out = folds.out

@@ -128,23 +128,19 @@ def cross_validate(
         with resumable(out, lambda: work.stage):
             work.all_folds()
             work.stage = "the scores"
-            outcome = _finish_presence(work) if dealt.is_presence else _finish_segmentation(work)
+            outcome = _finish(work)
         progress.end(f"{count} folds")
         return outcome
 
 
-def _finish_segmentation(work: _Work) -> CrossValidation:
+def _finish(work: _Work) -> CrossValidation | PresenceCrossValidation:
     """Measure trained folds, and write their ensemble."""
     count, progress = len(work.folds.splits), work.progress
+    if work.folds.is_presence:
+        return finish_presence(work.folds, [read_json(work.folds.result_file(fold)) for fold in range(count)])
     outcome = measure_folds(work.folds, on_share=lambda share: progress.report(count, f"scores: {share:.0%}"))
     work.stage = "the ensemble"
     return _write(work.folds, outcome)
-
-
-def _finish_presence(work: _Work) -> PresenceCrossValidation:
-    """Measure trained folds, and write their ensemble."""
-    numbers = range(len(work.folds.splits))
-    return finish_presence(work.folds, [read_json(work.folds.result_file(fold)) for fold in numbers])
 
 
 def measure_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:

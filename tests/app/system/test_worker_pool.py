@@ -106,7 +106,7 @@ def test_workers_that_cannot_begin_end_with_their_reason(run: Callable[..., Seen
 @pytest.fixture
 def begun() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     """Start a worker that has begun a task."""
-    processes = []
+    processes: list[subprocess.Popen[str]] = []
 
     def start(task: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-P", str(Path(__file__).with_name("pool_worker.py"))]
