@@ -246,7 +246,7 @@ SCENARIOS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "predict, padded, whole volume": partial(predict, shape=(20, 64, 40), crop=False),
     "validate": validate,
     "validate, ema, presence": partial(validate, settings=(*_PRESENCE, "training.ema_decay=0.999")),
-    "presence, slabs": partial(judge, "presence-slabs"),
+    "presence, brain": partial(judge, "presence"),
     "presence, validate slabs": partial(validate_presence, "presence-slabs"),
     # Slow
     "predict, size of a brain": partial(predict, settings=(), shape=_BRAIN),
@@ -263,7 +263,7 @@ SCENARIOS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "validate, large": partial(validate, "large", settings=("training.patch_voxels=[64, 64, 64]",)),
     "validate, float16": partial(validate, precision="float16"),
     "validate, float32": partial(validate, precision="float32"),
-    "presence, brain": partial(judge, "presence"),
+    "presence, slabs": partial(judge, "presence-slabs"),
     "presence, two networks": partial(judge, "presence-slabs", networks=2),
     "presence, validate brain": partial(validate_presence, "presence"),
 }
