@@ -52,7 +52,7 @@ class RemoteService:
             raise ConfigError(f"{self.url}: not the address of a service; give http://HOST:PORT or https://HOST")
         if _TOKEN.fullmatch(self.token) is None:
             raise ConfigError(
-                "not a token: it has no spaces, line breaks or accents. Copy the line that token add printed"
+                "not a token: a token has no spaces, line breaks or accents. Copy the line that token add printed"
             )
         self._session.headers["Authorization"] = f"Bearer {self.token}"
 
@@ -234,7 +234,7 @@ class RemoteService:
                 failures += 1
                 if failures == _ATTEMPTS:
                     raise OSError(
-                        f"{self.url}: cannot be reached: {type(error).__name__}. Is the service running?"
+                        f"{self.url}: cannot be reached: {type(error).__name__}. Check the address, and that it runs"
                     ) from error
                 pause = _PAUSE_SECONDS * 2 ** (failures - 1)
                 reason = f"cannot be reached: {type(error).__name__}."
@@ -276,7 +276,7 @@ def _is_address(url: str) -> bool:
 
 def _of_tls(url: str, error: str) -> str:
     if "WRONG_VERSION_NUMBER" in error:
-        return f"{url}: does not speak TLS. Give its address with http://"
+        return f"{url}: does not speak TLS. Give its address with http instead of https"
     return (
         f"{url}: its certificate is not trusted. If your hospital issued it, let the variable REQUESTS_CA_BUNDLE name "
         "the PEM file of the hospital's authority"

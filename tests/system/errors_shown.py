@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -67,6 +71,8 @@ class Scene:
     patch: pytest.MonkeyPatch
     """Undone after the row, as is what ``held`` holds."""
     held: ExitStack
+    token: str = ""
+    """Of a service that the row has started."""
 
 
 Prepare = Callable[[Scene], object]
@@ -517,6 +523,120 @@ def thick(_: Scene) -> None:
         stored: Any = nib.load(path)
         kept = stored.slicer[:, :, ::3]
         nib.save(nib.Nifti1Image(np.asarray(kept.dataobj), kept.affine), path)
+
+
+# The service
+
+PORT = 8765
+SERVE, URL = "znormseg serve --data SERVICE --model RUN", f"http://127.0.0.1:{PORT}"
+
+
+def port_is_free() -> bool:
+    """Whether a server of the test can listen on the port that the commands name."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", PORT)) != 0
+
+
+def listening(scene: Scene) -> None:
+    """Another program listens on the port."""
+    scene.held.enter_context(socket.create_server(("127.0.0.1", PORT)))
+
+
+def made_service() -> Any:
+    """A service with the user ann in SERVICE."""
+    from app.service.service import create_service
+    from app.service.settings import ServiceSettings
+
+    made = create_service(ServiceSettings(folder=Path("SERVICE").absolute(), models={"run": Path("RUN")}))
+    made.accounts.add("ann", "correct horse battery", "admin")
+    return made
+
+
+def with_a_user(_: Scene) -> None:
+    """A service that is stopped."""
+    made_service().database.close()
+
+
+def newer_database(_: Scene) -> None:
+    """A database that a version made which does not exist yet."""
+    made = made_service()
+    with made.database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'next'")
+    made.database.close()
+
+
+def no_database(_: Scene) -> None:
+    """A database that is damaged."""
+    Path("SERVICE").mkdir()
+    Path("SERVICE/service.db").write_text("damaged " * 1000)
+
+
+def second_service(scene: Scene) -> None:
+    """A service that uses the folder."""
+    from app.service.serve import only_service
+
+    Path("SERVICE").mkdir()
+    scene.held.enter_context(only_service(Path("SERVICE")))
+
+
+def password(text: str) -> Prepare:
+    """What a user types."""
+    return lambda scene: scene.patch.setattr("sys.stdin", io.StringIO(f"{text}\n"))
+
+
+def patience_of_one(scene: Scene) -> None:
+    """A client that tries once."""
+    scene.patch.setattr("app.service.client._ATTEMPTS", 1)
+
+
+def token(text: str | None = None) -> Prepare:
+    """A file with a token: a text, or that of ann."""
+
+    def write(scene: Scene) -> None:
+        Path("token.txt").write_text(text or scene.token)
+
+    return write
+
+
+def live(*, tls: bool = False) -> Prepare:
+    """A service that answers, and computes nothing."""
+
+    def run(scene: Scene) -> None:
+        import uvicorn
+
+        from app.service.http_server import HttpSettings, http_config
+        from app.service.site import create_site
+
+        scene.patch.setenv("XDG_STATE_HOME", str(scene.place))
+        made = made_service()
+        scene.token = made.accounts.add_token("ann")
+        http = HttpSettings(port=PORT)
+        if tls:
+            subject = ["-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "cert.pem"]
+            command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject]
+            subprocess.run(command, check=True, capture_output=True)
+            http = HttpSettings(port=PORT, certificate=Path("cert.pem"), key=Path("key.pem"))
+        server = uvicorn.Server(http_config(create_site(made), http))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+
+        def stop() -> None:
+            server.should_exit = True
+            thread.join()
+            made.database.close()
+
+        scene.held.callback(stop)
+
+    return run
+
+
+def remote(command: str, *steps: Prepare, code: int, title: str = "", **more: Any) -> Shown:
+    """A command to a service that answers, with the token of a file."""
+    line = f"znormseg remote {command} --token-file token.txt"
+    return Shown(title=title, command=line, code=code, prepare=both(*steps), possible=port_is_free, **more)
 
 
 # Machine
@@ -1697,6 +1817,105 @@ TABLES: dict[str, list[Shown | Raised]] = {
             code=5,
             prepare=lambda _: Path("RUN/SHA256SUMS").unlink(),
         ),
+    ],
+    "`serve` and `remote`": [
+        # no model
+        Shown(command="znormseg serve --data SERVICE", code=2, remedy="Name a model."),
+        # a model that is not there; two of one name
+        Shown(title="misspelt", command="znormseg serve --data SERVICE --model startr", code=5),
+        Shown(title="no folder", command="znormseg serve --data SERVICE --model ./RUNS/1", code=5),
+        Shown(title="two of one name", command=f"{SERVE} --model DATA/../RUN", code=2),
+        # an address that is in use, or not of this machine
+        Shown(title="in use", command=f"{SERVE} --port {PORT}", code=7, prepare=listening, possible=port_is_free),
+        Shown(title="not of this machine", command=f"{SERVE} --host 192.0.2.1", code=7),
+        # a certificate without its key, and files that are none
+        Shown(title="no key", command=f"{SERVE} --tls-cert cert.pem", code=4, remedy="Give both."),
+        Shown(title="not there", command=f"{SERVE} --tls-cert cert.pem --tls-key key.pem", code=4),
+        Shown(
+            title="not PEM",
+            command=f"{SERVE} --tls-cert notes.txt --tls-key notes.txt",
+            code=4,
+            prepare=written("notes.txt", "mine"),
+        ),
+        # a data folder that cannot be written, or is none
+        Shown(
+            title="no permission",
+            command="znormseg serve --data READ-ONLY/SERVICE --model RUN",
+            code=7,
+            prepare=not_writable,
+            before=lambda: hostile.UNPRIVILEGED,
+            possible=can_be_kept_out,
+        ),
+        Shown(
+            title="a file",
+            command="znormseg serve --data notes.txt --model RUN",
+            code=7,
+            prepare=written("notes.txt", "mine"),
+        ),
+        # a second service on a folder
+        Shown(title="second", command=SERVE, code=5, prepare=second_service),
+        # a database of a newer version, or damaged; an address of a database that is none
+        Shown(title="newer", command=SERVE, code=5, prepare=newer_database),
+        Shown(
+            title="damaged", command=SERVE, code=5, prepare=no_database, remedy="Restore the data folder from a backup."
+        ),
+        Shown(title="MySQL", command=f"{SERVE} --database mysql://host/name", code=4, remedy="Give such an address."),
+        # an inbox that is not there, or contains the data folder
+        Shown(title="no inbox", command=f"{SERVE} --inbox IN", code=4),
+        Shown(title="all", command=f"{SERVE} --inbox .", code=4),
+        # users and tokens: a name that exists or does not, a short password
+        Shown(
+            title="exists",
+            command="znormseg serve user add ann --data SERVICE",
+            code=4,
+            prepare=both(with_a_user, password("correct horse battery")),
+        ),
+        Shown(
+            title="short",
+            command="znormseg serve user add ben --data SERVICE",
+            code=4,
+            prepare=password("secret"),
+        ),
+        Shown(
+            title="a name with a space",
+            command="znormseg serve user add 'ann b' --data SERVICE",
+            code=4,
+            remedy="Give such a name.",
+            prepare=password("correct horse battery"),
+        ),
+        Shown(title="nobody", command="znormseg serve token add ben --data SERVICE", code=4, prepare=with_a_user),
+        Shown(
+            title="no token",
+            command="znormseg serve token revoke x --data SERVICE",
+            code=4,
+            prepare=with_a_user,
+            remedy="Give the token, or the part of it between the underscores.",
+        ),
+        # `remote`: no token, a file that is not there or has none, a token that the service does not know
+        Shown(
+            title="none",
+            command=f"ZNORMSEG_TOKEN= znormseg remote status {URL}",
+            code=4,
+            remedy="`znormseg serve token add` prints a token.",
+        ),
+        remote(f"status {URL}", code=7, title="not there"),
+        remote(f"status {URL}", token("two words"), code=4, title="no token"),
+        remote(f"status {URL}", live(), token("zns_0"), code=5, title="unknown"),
+        # `remote`: an address that is none, a service that does not answer, another server
+        remote("status segment.example.org", token("x"), code=4, title="no scheme"),
+        remote(f"status {URL}", token("x"), patience_of_one, code=7, title="away"),
+        remote(f"status {URL}/pages", live(), token(), code=5, title="a path"),
+        # `remote`: a certificate that is not trusted, a server without TLS
+        replace(
+            remote(f"status https://127.0.0.1:{PORT}", live(tls=True), token(), code=7, title="not trusted"),
+            possible=lambda: port_is_free() and shutil.which("openssl") is not None,
+        ),
+        remote(f"status https://127.0.0.1:{PORT}", live(), token(), code=7, title="no TLS"),
+        # `remote`: images that are not there or that the service refuses, a job that is not there, another model
+        remote(f"submit {URL} CASES", token("x"), code=3, title="no images", remedy="Check the path."),
+        remote(f"submit {URL} notes.txt", live(), token(), written("notes.txt", "mine"), code=3, title="refused"),
+        remote(f"submit {URL} DATA/{CASE} --model best", live(), token(), code=5, title="no model"),
+        remote(f"fetch {URL} {'0' * 32} OUT", live(), token(), code=5, title="no job", remedy="List your jobs."),
     ],
     "The machine, and interruptions": [
         # a disk that is full, a folder that may not be written to
