@@ -43,6 +43,8 @@ _TINY: Final = ("training.patch_voxels=[32, 32, 32]", "network.channels=[8, 16, 
 #: Twelve windows of 32 voxels, in two batches.
 _SMALL: Final = (64, 40, 40)
 _BRAIN: Final = (144, 176, 144)
+#: Two windows of the config `large`, which holds most brains in one.
+_LARGE: Final = (176, 192, 160)
 _AT_2_MM: Final = (72, 88, 72)
 
 
@@ -251,7 +253,7 @@ SCENARIOS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     # Slow
     "predict, size of a brain": partial(predict, settings=(), shape=_BRAIN),
     "predict, unet": partial(predict, "unet", settings=(), shape=_BRAIN),
-    "predict, large": partial(predict, "large", settings=(), shape=_BRAIN),
+    "predict, large": partial(predict, "large", settings=(), shape=_LARGE),
     "predict, segresnet": partial(predict, settings=(*_TINY, "network.architecture=segresnet")),
     "predict, float32": partial(predict, precision="float32"),
     "predict, contiguous": partial(predict, settings=(*_TINY, "runtime.channels_last=false")),
@@ -260,7 +262,7 @@ SCENARIOS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "predict, logits in float16": partial(predict, change=lambda plan: replace(plan, half=True)),
     "predict, blended on the CPU": partial(predict, change=lambda plan: replace(plan, stitch_on="cpu")),
     "validate, size of a brain": partial(validate, settings=(), shape=_BRAIN),
-    "validate, large": partial(validate, "large", settings=("training.patch_voxels=[64, 64, 64]",)),
+    "validate, large": partial(validate, "large", settings=("training.patch_voxels=[64, 64, 64]",), shape=(96, 64, 64)),
     "validate, float16": partial(validate, precision="float16"),
     "validate, float32": partial(validate, precision="float32"),
     "presence, slabs": partial(judge, "presence-slabs"),
