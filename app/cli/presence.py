@@ -106,7 +106,7 @@ def show_presence_scores(
 
 def presence_lines(outcome: PresenceCrossValidation) -> list[str]:
     """Return what ``crossval`` prints about presence."""
-    from app.inference.tumour_presence.gate import GATED
+    from app.inference.tumour_presence.gate import GATE_SENSITIVITY, GATED
 
     scores = outcome.scores
     lines = ["cases that a fold's network was not trained on", terminal.table(scores.rows()), *scores.remarks()]
@@ -119,6 +119,11 @@ def presence_lines(outcome: PresenceCrossValidation) -> list[str]:
             f"{one.specificity:.3f}; Brier score {one.brier_before:.4f} -> {one.brier_after:.4f}"
         )
     of_gate = outcome.fitted.get(GATED)
-    as_gate = of_gate is not None and of_gate.decision.tuned
+    as_gate = of_gate is not None and (of_gate.sensitivity or 0.0) >= GATE_SENSITIVITY and of_gate.decision.tuned
     use = f"RUN CASES OUTPUT --presence {outcome.ensemble}" if as_gate else f"{outcome.ensemble} CASES OUTPUT"
+    if of_gate is not None and of_gate.decision.tuned and not as_gate:
+        lines.append(
+            f"{GATED}: not for predict --presence, which would remove the {GATED} of too many cases: that needs a "
+            f"sensitivity of {GATE_SENSITIVITY:g} or more"
+        )
     return [*lines, f"the page with curves: {outcome.page}", f"next: znormseg predict {use}"]

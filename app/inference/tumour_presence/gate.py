@@ -17,6 +17,8 @@ from data.preprocess import Prepared, resample, resampled_shape
 
 #: The region that a gate may remove.
 GATED: Final[Region] = "ET"
+#: A cross-validation suggests a gate from this sensitivity out of fold on: what a gate removes wrongly is lost.
+GATE_SENSITIVITY: Final = 0.95
 _PLACE: Final = REGIONS.index(GATED)
 
 
