@@ -24,8 +24,9 @@ from data.filesystem import in_words, is_raw
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-# typer exits with 2 after a usage error.
 EXIT_FAULT: Final = 1
+#: Typer's own, after a wrong command line.
+EXIT_USAGE: Final = 2
 EXIT_DATA: Final = 3
 EXIT_CONFIG: Final = 4
 EXIT_RUN: Final = 5
