@@ -244,6 +244,41 @@ def write_series() -> Callable[..., list[Path]]:
 
 
 @pytest.fixture(scope="session")
+def phantom_study(phantoms: Path, write_series: Callable[..., list[Path]]) -> Callable[..., Path]:
+    """A function that writes the first phantom as a DICOM study of four series to a folder, which it returns.
+
+    The largest value of the contrast ``padded`` is the padding value of its series.
+    """
+    import nibabel as nib
+    import numpy as np
+
+    from data.datasets.layouts import find_cases
+
+    timing = {"t1": (10, 600), "t1c": (10, 600), "t2": (100, 4500), "flair": (120, 9000)}
+
+    def write(folder: Path, *, padded: str | None = None) -> Path:
+        for number, (contrast, path) in enumerate(find_cases(phantoms)[0].contrasts.items(), start=1):
+            image = nib.Nifti1Image.from_filename(path)
+            voxels = np.rint(np.asanyarray(image.dataobj)).clip(0).astype("<u2")
+            echo, repetition = timing[contrast]
+            write_series(
+                folder / str(number),
+                voxels,
+                image.affine,
+                SeriesNumber=str(number),
+                SeriesDescription="T1 post Gd" if contrast == "t1c" else contrast.upper(),
+                EchoTime=str(echo),
+                RepetitionTime=str(repetition),
+                InversionTime="2500" if contrast == "flair" else "",
+                ScanningSequence="SE",
+                **({"PixelPaddingValue": int(voxels.max())} if contrast == padded else {}),
+            )
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def dicom_study(write_series: Callable[..., list[Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of four contrasts and five distractors, in nested folders, partly oblique; tests must not modify it."""
     import numpy as np

@@ -237,28 +237,11 @@ def test_a_scan_that_does_not_belong_is_named_and_the_others_go_on(
 
 @pytest.mark.slow
 def test_a_dicom_study_is_prepared_like_a_case(
-    phantoms: Path, tmp_path: Path, znormseg: Call, write_series: Callable[..., list[Path]]
+    phantom_study: Callable[..., Path], tmp_path: Path, znormseg: Call
 ) -> None:
     from data.datasets.layouts import find_cases
 
-    case = find_cases(phantoms)[0]
-    timing = {"t1": (10, 600), "t1c": (10, 600), "t2": (100, 4500), "flair": (120, 9000)}
-    for number, (contrast, path) in enumerate(case.contrasts.items(), start=1):
-        image = nib.Nifti1Image.from_filename(path)
-        voxels = np.rint(np.asanyarray(image.dataobj)).clip(0).astype("<u2")
-        echo, repetition = timing[contrast]
-        write_series(
-            tmp_path / "study" / str(number),
-            voxels,
-            image.affine,
-            SeriesNumber=str(number),
-            SeriesDescription="T1 post Gd" if contrast == "t1c" else contrast.upper(),
-            EchoTime=str(echo),
-            RepetitionTime=str(repetition),
-            InversionTime="2500" if contrast == "flair" else "",
-            ScanningSequence="SE",
-            **({"PixelPaddingValue": int(voxels.max())} if contrast == "t2" else {}),
-        )
+    phantom_study(tmp_path / "study", padded="t2")
     ended = znormseg("data", "prepare", tmp_path / "study", tmp_path / "out")
     assert ended.code == 0, ended.err
     assert ": t2: " in ended.err

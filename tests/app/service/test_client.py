@@ -100,7 +100,7 @@ def test_a_download_continues_where_it_was_and_is_not_repeated(
 def test_a_damaged_part_is_thrown_away(remote: RemoteService, done: str, tmp_path: Path) -> None:
     from data.files import partial_prefix
 
-    (tmp_path / f"{partial_prefix(0)}{done}-label_map").write_bytes(b"XXXX")
+    (tmp_path / f"{partial_prefix(0)}{done}-label_map").write_bytes(b"oops")
     with pytest.raises(RunError, match="arrived damaged"):
         remote.fetch(done, "label_map", tmp_path / "a.nii.gz")
     assert remote.fetch(done, "label_map", tmp_path / "a.nii.gz")
@@ -192,11 +192,11 @@ def test_a_file_that_has_no_token_is_refused(znormseg: Callable[..., Any], tmp_p
 
 
 def test_the_first_failure_of_a_request_is_told() -> None:
-    told: list[str] = []
-    away = RemoteService(url="http://127.0.0.1:9", token="x", pause=lambda _: None, on_wait=told.append)
+    waits: list[str] = []
+    away = RemoteService(url="http://127.0.0.1:9", token="x", pause=lambda _: None, on_wait=waits.append)
     with pytest.raises(OSError, match="cannot be reached"):
         away.job("0" * 32)
-    assert told == ["http://127.0.0.1:9: cannot be reached: ConnectionError. Trying again."]
+    assert waits == ["http://127.0.0.1:9: cannot be reached: ConnectionError. Trying again."]
 
 
 def test_a_certificate_that_is_trusted_serves_the_api(

@@ -8,37 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import pydicom
 import pytest
-
-from data.datasets.layouts import find_cases
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def zipped_study(phantoms: Path, write_series: Callable[..., list[Path]], tmp_path: Path) -> Path:
-    """A phantom as a DICOM study of four series."""
-    timing = {"t1": (10, 600), "t1c": (10, 600), "t2": (100, 4500), "flair": (120, 9000)}
-    for number, (contrast, path) in enumerate(find_cases(phantoms)[0].contrasts.items(), start=1):
-        image = nib.Nifti1Image.from_filename(path)
-        echo, repetition = timing[contrast]
-        write_series(
-            tmp_path / "study" / str(number),
-            np.rint(np.asanyarray(image.dataobj)).clip(0).astype("<u2"),
-            image.affine,
-            SeriesNumber=str(number),
-            SeriesDescription="T1 post Gd" if contrast == "t1c" else contrast.upper(),
-            EchoTime=str(echo),
-            RepetitionTime=str(repetition),
-            InversionTime="2500" if contrast == "flair" else "",
-            ScanningSequence="SE",
-        )
-    archive = tmp_path / "study.zip"
+def zipped_study(phantom_study: Callable[..., Path], tmp_path: Path) -> Path:
+    """A phantom as a DICOM study in an archive."""
+    study, archive = phantom_study(tmp_path / "study"), tmp_path / "study.zip"
     with zipfile.ZipFile(archive, "w") as made:
-        for path in (tmp_path / "study").rglob("*"):
+        for path in study.rglob("*"):
             if path.is_file():
                 made.write(path, path.relative_to(tmp_path))
     return archive
