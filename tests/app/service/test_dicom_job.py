@@ -14,6 +14,12 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def quick_run() -> Path:
+    """The model that ships, in place of a run of two steps: an empty label map has no DICOM segmentation."""
+    return Path(__file__).parents[3] / "models" / "starter"
+
+
 @pytest.fixture
 def zipped_study(phantom_study: Callable[..., Path], tmp_path: Path) -> Path:
     """A phantom as a DICOM study in an archive."""
