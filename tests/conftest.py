@@ -5,6 +5,7 @@ Under ``--import-mode=importlib`` test files cannot import each other; everythin
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -129,6 +130,16 @@ def openvino_computes() -> None:
 
     if why := without_avx2():
         pytest.skip(f"OpenVINO needs AVX2, and {why}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_line() -> Iterator[None]:
+    """Build the tree of commands once for all calls in this process; that takes longer than most of the calls."""
+    from typer import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "get_command", functools.cache(main.get_command))
+        yield
 
 
 @pytest.fixture

@@ -119,11 +119,13 @@ def presence_lines(outcome: PresenceCrossValidation) -> list[str]:
             f"{one.specificity:.3f}; Brier score {one.brier_before:.4f} -> {one.brier_after:.4f}"
         )
     of_gate = outcome.fitted.get(GATED)
-    as_gate = of_gate is not None and (of_gate.sensitivity or 0.0) >= GATE_SENSITIVITY and of_gate.decision.tuned
+    as_gate = of_gate is not None and (of_gate.gate_sensitivity or 0.0) >= GATE_SENSITIVITY
     use = f"RUN CASES OUTPUT --presence {outcome.ensemble}" if as_gate else f"{outcome.ensemble} CASES OUTPUT"
-    if of_gate is not None and of_gate.decision.tuned and not as_gate:
+    if of_gate is not None and of_gate.gate_sensitivity is not None:
         lines.append(
-            f"{GATED}: not for predict --presence, which would remove the {GATED} of too many cases: that needs a "
-            f"sensitivity of {GATE_SENSITIVITY:g} or more"
+            f"{GATED}: as a gate (predict --presence), with thresholds chosen on the other folds, it keeps "
+            f"{of_gate.gate_sensitivity:.3f} of the cases with {GATED} and removes {of_gate.gate_specificity:.3f} of "
+            "those without"
+            + ("" if as_gate else f"; do not use it so, since a gate must keep {GATE_SENSITIVITY:g} or more")
         )
     return [*lines, f"the page with curves: {outcome.page}", f"next: znormseg predict {use}"]

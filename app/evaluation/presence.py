@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn import metrics
 
+from app.evaluation.presence_bootstrap import measures_of_samples
+
 FloatArray = npt.NDArray[np.float64]
 
 #: Bins of equal width of the calibration error.
@@ -140,25 +142,26 @@ def with_intervals(
         specificity: see :func:`presence_measures`.
         resamples: number of samples; the same input gives the same interval.
     """
-
-    def measured(rows: npt.NDArray[np.int_] | slice) -> dict[str, float | None]:
-        return presence_measures(truth[rows], probability[rows], threshold=threshold, specificity=specificity)
-
     rows_of: dict[str, list[int]] = {}
     for row, patient in enumerate(patients):
         rows_of.setdefault(patient, []).append(row)
     groups, rng = list(rows_of.values()), np.random.default_rng(0)
-    samples = []
-    for _ in range(resamples):
-        drawn = rng.integers(len(groups), size=len(groups))
-        samples.append(measured(np.array([row for group in drawn for row in groups[group]])))
+    counts = np.zeros((resamples, len(truth)))
+    for sample in counts:
+        drawn = np.bincount(rng.integers(len(groups), size=len(groups)), minlength=len(groups))
+        for times, rows in zip(drawn, groups, strict=True):
+            sample[rows] = times
+    samples = measures_of_samples(
+        truth, probability, counts, threshold=threshold, specificity=specificity, bins=BINS_OF_CASES
+    )
     tail = 50 * (1 - _LEVEL)
     found = {}
-    for name, value in measured(slice(None)).items():
-        values = [one for sample in samples if (one := sample[name]) is not None]
+    values = presence_measures(truth, probability, threshold=threshold, specificity=specificity)
+    for name, value in values.items():
+        defined = samples[name][~np.isnan(samples[name])]
         low, high = (
-            np.percentile(values, [tail, 100 - tail]).tolist()
-            if value is not None and len(values) >= _LEAST_DEFINED * resamples and len(groups) > 1
+            np.percentile(defined, [tail, 100 - tail]).tolist()
+            if value is not None and len(defined) >= _LEAST_DEFINED * resamples and len(groups) > 1
             else (None, None)
         )
         found[name] = Interval(value=value, low=low, high=high)

@@ -185,7 +185,8 @@ def _set_deterministic(*, on: bool) -> None:
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read on the first use of cuBLAS
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(on)
+    if torch.are_deterministic_algorithms_enabled() != on:  # the call imports torch's compiler, which takes a second
+        torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.deterministic = on
 
 

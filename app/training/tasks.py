@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from app.config.load import RunConfig
-from app.training.presence import Presence
 from app.training.presence_labels import RECORD, Labels, presence_labels, presence_record, require_both_classes
 from app.training.segmentation import Segmentation
 from app.training.task import Task
@@ -22,7 +21,11 @@ def task_of(config: RunConfig, facts: Mapping[str, Any]) -> Task:
         config: config of the run.
         facts: content of its ``run.json``.
     """
-    return Presence(config, facts) if config.task.name == "presence" else Segmentation(config)
+    if config.task.name == "presence":
+        from app.training.presence import Presence  # scikit-learn takes a second to import
+
+        return Presence(config, facts)
+    return Segmentation(config)
 
 
 def labels_of_task(

@@ -3,12 +3,13 @@
 Platt scaling (Platt 1999) is a logistic regression on one logit. It is kept only if it lowers the Brier score of folds
 that it was not fitted on. A slope that is not above 0 means that larger logits do not go with presence: the network has
 learned nothing to decide by, so neither scaling nor threshold is fitted. The threshold maximises sensitivity plus
-specificity (Youden 1950); of equally good ones, the one in the middle of the widest gap between probabilities is taken,
-so that a gate removes as little as possible by chance.
+specificity (Youden 1950); of equally good ones, the one in the middle of the widest gap between probabilities is taken.
+A gate needs another threshold, since a segmentation that it removes wrongly is lost: one below every present example.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,10 @@ class FittedDecision:
     sensitivity: float | None
     """Share of present examples found with a threshold tuned without their fold; None without such examples."""
     specificity: float | None
+    gate_sensitivity: float | None = None
+    """Share of present examples that a gate keeps whose threshold was chosen without their fold."""
+    gate_specificity: float | None = None
+    """Share of absent examples that such a gate removes."""
     slope: float | None = None
     """Of Platt scaling fitted on all folds, also where it was not kept; None if it was not fitted."""
 
@@ -88,20 +93,26 @@ def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> Fitt
             left_out[folds == fold] = scaling.probability(logits[folds == fold])
     after = float(np.mean((left_out - truth) ** 2))
     scale = after < before
-    decided = np.zeros(len(truth), dtype=bool)
-    for fold in np.unique(folds):
-        others = folds != fold
-        decided[~others] = _decide(logits[others], truth[others], logits[~others], scale=scale)
+    decided, kept = (
+        _decide_by_fold(logits, truth, folds, rule, scale=scale) for rule in (best_threshold, gate_threshold)
+    )
     scaling = Decision(slope=slope, intercept=intercept) if scale else Decision()
     probability = scaling.probability(logits)
-    threshold = best_threshold(probability, truth)
-    decision = Decision(slope=scaling.slope, intercept=scaling.intercept, threshold=threshold, tuned=True)
+    decision = Decision(
+        slope=scaling.slope,
+        intercept=scaling.intercept,
+        threshold=best_threshold(probability, truth),
+        gate_threshold=gate_threshold(probability, truth),
+        tuned=True,
+    )
     return FittedDecision(
         decision=decision,
         brier_before=before,
         brier_after=after if scale else before,
         sensitivity=float(decided[truth == 1].mean()),
         specificity=float((~decided[truth == 0]).mean()),
+        gate_sensitivity=float(kept[truth == 1].mean()),
+        gate_specificity=float((~kept[truth == 0]).mean()),
         slope=slope,
     )
 
@@ -135,10 +146,37 @@ def best_threshold(probability: FloatArray, truth: FloatArray) -> float:
     return float(middles[best[gaps[best].argmax()]])
 
 
-def _decide(logits: FloatArray, truth: FloatArray, others: FloatArray, *, scale: bool) -> npt.NDArray[np.bool_]:
-    """Decide on other examples with a scaling and a threshold that are fitted on these."""
-    if len(set(truth.tolist())) < 2:
-        return Decision().probability(others) >= UNTUNED
-    scaling = _calibration(logits, truth) if scale else Decision()
-    threshold = best_threshold(scaling.probability(logits), truth)
-    return scaling.probability(others) >= threshold
+def gate_threshold(probability: FloatArray, truth: FloatArray) -> float:
+    """Return a threshold below every present example: halfway to the next smaller probability, or to 0.
+
+    Args:
+        probability: shape (examples,).
+        truth: 0 or 1, shape (examples,); at least one is 1.
+
+    Example:
+        >>> gate_threshold(np.array([0.1, 0.2, 0.4, 0.5, 0.9]), np.array([0.0, 0.0, 1.0, 0.0, 1.0])).__round__(3)
+        0.3
+    """
+    lowest = probability[truth == 1].min()
+    return float((lowest + probability[probability < lowest].max(initial=0.0)) / 2)
+
+
+def _decide_by_fold(
+    logits: FloatArray,
+    truth: FloatArray,
+    folds: IntArray,
+    rule: Callable[[FloatArray, FloatArray], float],
+    *,
+    scale: bool,
+) -> npt.NDArray[np.bool_]:
+    """Decide on the examples of each fold with a scaling and a threshold that are fitted on the other folds."""
+    decided = np.zeros(len(truth), dtype=bool)
+    for fold in np.unique(folds):
+        others = folds != fold
+        if len(set(truth[others].tolist())) < 2:
+            decided[~others] = Decision().probability(logits[~others]) >= UNTUNED
+            continue
+        scaling = _calibration(logits[others], truth[others]) if scale else Decision()
+        threshold = rule(scaling.probability(logits[others]), truth[others])
+        decided[~others] = scaling.probability(logits[~others]) >= threshold
+    return decided

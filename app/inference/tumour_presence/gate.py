@@ -17,7 +17,7 @@ from data.preprocess import Prepared, resample, resampled_shape
 
 #: The region that a gate may remove.
 GATED: Final[Region] = "ET"
-#: A cross-validation suggests a gate from this sensitivity out of fold on: what a gate removes wrongly is lost.
+#: A cross-validation suggests a gate that keeps at least this share of the cases out of fold that have the region.
 GATE_SENSITIVITY: Final = 0.95
 _PLACE: Final = REGIONS.index(GATED)
 
@@ -77,7 +77,7 @@ class Gate:
         decision = self.model.decisions[GATED]
         return GateAnswer(
             probability=float(self.model.probabilities(logits)[GATED].max()),
-            threshold=decision.threshold,
+            threshold=decision.gate_threshold,
             tuned=decision.tuned,
             run=self.model.origin,
             weights_sha256=self.model.sha256,

@@ -46,6 +46,8 @@ class Decision:
     intercept: float = 0.0
     threshold: float = UNTUNED
     """The output counts as present from this calibrated probability on."""
+    gate_threshold: float = UNTUNED
+    """A gate removes the output below this calibrated probability."""
     tuned: bool = False
     """Whether a cross-validation fitted these numbers on out-of-fold answers."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.experiments.crossval.presence_decisions import best_threshold, fit_decision, platt_scaling
+from app.experiments.crossval.presence_decisions import best_threshold, fit_decision, gate_threshold, platt_scaling
 from app.inference.tumour_presence.model import Decision
 
 TRUTH = np.tile([0.0, 1.0], 20)
@@ -43,6 +43,28 @@ def test_one_class_alone_leaves_the_decision_untuned() -> None:
 def test_of_equally_good_thresholds_the_one_in_the_widest_gap_is_taken() -> None:
     probability, truth = np.array([0.1, 0.2, 0.3, 0.7, 0.8]), np.array([0.0, 1.0, 0.0, 1.0, 1.0])
     assert best_threshold(probability, truth) == pytest.approx(0.5)
+
+
+def test_a_gate_keeps_every_present_example_and_removes_what_is_below_all_of_them() -> None:
+    logits = np.where(TRUTH == 1, 1.0, -1.0) + np.linspace(-2.0, 2.0, 40)
+    fitted = fit_decision(logits, TRUTH, FOLDS)
+    kept = fitted.decision.probability(logits) >= fitted.decision.gate_threshold
+    assert kept[TRUTH == 1].all()
+    assert np.array_equal(kept, logits >= logits[TRUTH == 1].min())
+    assert fitted.decision.gate_threshold < fitted.decision.threshold
+
+
+def test_the_threshold_of_a_gate_is_tried_on_folds_that_did_not_choose_it() -> None:
+    logits = np.where(TRUTH == 1, 2.0, -2.0)
+    logits[1] = -3.0  # present in fold 0, and lower than all others
+    fitted = fit_decision(logits, TRUTH, FOLDS)
+    assert fitted.gate_sensitivity == pytest.approx(19 / 20)
+    assert fitted.decision.probability(logits[[1]])[0] >= fitted.decision.gate_threshold
+
+
+@pytest.mark.parametrize(("probability", "expected"), [([0.2, 0.6, 0.8], 0.4), ([0.7, 0.6, 0.8], 0.3)])
+def test_the_threshold_of_a_gate_is_halfway_to_what_it_removes(probability: list[float], expected: float) -> None:
+    assert gate_threshold(np.array(probability), np.array([0.0, 1.0, 1.0])) == pytest.approx(expected)
 
 
 def test_platt_scaling_keeps_the_order_of_answers_that_are_right_on_average() -> None:

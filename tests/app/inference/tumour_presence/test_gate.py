@@ -12,7 +12,7 @@ import pytest
 from app.inference.tumour_presence.gate import Gate, GateAnswer, remove_enhancing_
 from app.inference.tumour_presence.model import Decision
 
-TUNED = Decision(slope=2.0, intercept=-1.0, threshold=0.3, tuned=True)
+TUNED = Decision(slope=2.0, intercept=-1.0, threshold=0.8, gate_threshold=0.3, tuned=True)
 
 
 def gate(logits: Sequence[Sequence[float]], seen: list[tuple[int, ...]] | None = None) -> Gate:
@@ -48,7 +48,7 @@ def test_the_network_sees_the_case_at_its_own_spacing(spacing_mm: float) -> None
     assert seen == [(4, 8, 8, 8)]
 
 
-def test_the_largest_calibrated_probability_of_a_slab_is_compared_with_the_tuned_threshold() -> None:
+def test_the_largest_calibrated_probability_of_a_slab_is_compared_with_the_threshold_of_the_gate() -> None:
     answer = gate([[-3.0], [0.25], [-1.0]]).answer(prepared(2.0))
     assert answer.probability == pytest.approx(1 / (1 + np.exp(0.5)))
     assert (answer.threshold, answer.tuned, answer.removes) == (0.3, True, False)
