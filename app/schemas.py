@@ -212,6 +212,8 @@ class DecisionRecord(TypedDict):
     """0 if not calibrated."""
     threshold: Share
     """The output counts as present from this probability on."""
+    gate_threshold: Share
+    """In front of a segmentation, the output is removed below this probability."""
     tuned: bool
     """Whether a cross-validation fitted these numbers."""
 

@@ -298,6 +298,7 @@ def test_a_signal_that_arrives_in_a_finalizer_is_not_lost(number: signal.Signals
         _signal_in_a_finalizer(number)
 
 
+@pytest.mark.slow
 def test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_again(
     large_case: Path, tmp_path: Path, options: list[str], znormseg_process: Call
 ) -> None:
@@ -315,6 +316,7 @@ def test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_aga
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_training_has_no_worker_process_that_could_be_killed(
     phantoms: Path, tmp_path: Path, options: list[str], znormseg_process: Call
 ) -> None:

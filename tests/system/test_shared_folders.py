@@ -80,7 +80,7 @@ def warnings_of(err: str, what: str) -> list[str]:
 @pytest.mark.parametrize(
     ("script", "what"),
     [
-        pytest.param(FOLDERS.format("EINVAL"), "sync folders", id="fsync of folders: EINVAL"),
+        pytest.param(FOLDERS.format("EINVAL"), "sync folders", id="fsync of folders: EINVAL", marks=pytest.mark.slow),
         pytest.param(LOCKS.format("ENOSYS"), "lock files", id="flock: ENOSYS"),
         pytest.param(LOCKS.format("ENOLCK"), "lock files", id="flock: ENOLCK", marks=pytest.mark.slow),
         pytest.param(LOCKS.format("EOPNOTSUPP"), "lock files", id="flock: EOPNOTSUPP", marks=pytest.mark.slow),

@@ -97,6 +97,7 @@ def test_training_goes_to_its_end_when_the_file_of_its_messages_is_on_a_full_dis
     assert last_saved(tmp_path / "run") == 30
 
 
+@pytest.mark.slow
 def test_no_file_gets_the_number_of_a_standard_stream_that_is_closed(
     phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:

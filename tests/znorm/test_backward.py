@@ -358,6 +358,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
     words = [sys.executable, "-c", TWO_PROCESSES]
     started = [subprocess.Popen([*words, str(rank), tmp_path / "meet", tmp_path / "weights.pt"]) for rank in range(2)]

@@ -312,6 +312,7 @@ def test_demo_prints_one_json_object(tmp_path: Path, znormseg: Call) -> None:
     assert content["regions"]["WT"]["dice"] > 0.4  # trains for minutes, and a busy machine makes few steps in them
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_writes_nothing_but_json_on_stdout(
     phantoms: Path, tmp_path: Path, options: list[str], shell: Call
 ) -> None:

@@ -88,7 +88,7 @@ def test_the_yaml_of_a_config_holds_every_key() -> None:
 
 @given(st.sampled_from(KEYS), VALUES)
 @example("runtime.device", "\ud800")
-@settings(max_examples=1000, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, deadline=None)
 def test_any_value_under_any_key_is_read_or_refused_with_a_config_error(key: str, value: object) -> None:
     text = verdict(yaml.safe_dump({"training": {"steps": 1}} | under(key, value)))
     assert text == "" or text.startswith("here.yaml: ")

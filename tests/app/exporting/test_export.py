@@ -195,7 +195,13 @@ def test_a_network_that_is_told_which_contrasts_are_there_takes_any_number_of_wi
         np.testing.assert_allclose(answer(windows), network(torch.from_numpy(windows)).numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"residual_units": 1}, {"architecture": "resenc", "residual_units": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"residual_units": 1},
+        pytest.param({"architecture": "resenc", "residual_units": 1}, marks=pytest.mark.slow),
+    ],
+)
 def test_an_onnx_file_has_no_notes_of_the_exporter(settings: dict[str, Any], tmp_path: Path, windows: Any) -> None:
     pytest.importorskip("onnxscript")
     from app.exporting.formats import write_onnx

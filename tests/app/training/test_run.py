@@ -126,7 +126,8 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result(
     *,
     number: signal.Signals,
@@ -368,7 +369,7 @@ def test_the_log_tells_what_the_gradients_go_through(
 
 
 def test_a_budget_in_hours_ends_in_about_its_time(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
-    hours = 0.0015
+    hours = 0.0005
     config = load_config("laptop", [*tiny_settings, f"training.hours={hours}"])
     began = time.monotonic()
     result = start(DataSource(phantoms), tmp_path / "run", config)

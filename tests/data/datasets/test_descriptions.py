@@ -34,7 +34,7 @@ LAYOUTS = [
     *("2024 GLI", "2024 MET", "2024 PED", "UCSF-PDGM", "flat 2021", "flat 2023", "case folders"),
     *("MSD", "nnU-Net", "nnU-Net labels", "manifest"),
 ]
-properties = settings(derandomize=True, deadline=None, max_examples=60)
+properties = settings(derandomize=True, deadline=None, max_examples=25)
 
 
 def save(path: Path, labels: Any) -> None:
@@ -379,7 +379,7 @@ def test_any_bytes_in_place_of_a_description_are_read_or_refused(render: Render,
             survives(path if name.endswith("csv") else path.parent)
 
 
-@settings(properties, max_examples=100)
+@settings(properties, max_examples=40)
 @given(st.data())
 def test_any_broken_tree_is_read_or_refused(render: Render, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -387,9 +387,9 @@ def test_any_broken_tree_is_read_or_refused(render: Render, data: st.DataObject)
         root = render(Path(folder, "data"), layout).root
         for _ in range(data.draw(st.integers(1, 4))):
             paths = sorted(path for path in Path(folder, "data").rglob("*") if path.exists() or path.is_symlink())
-            spoil(data.draw(st.sampled_from(paths)), data)
-            if not root.exists():
+            if not root.exists() or not paths:
                 break
+            spoil(data.draw(st.sampled_from(paths)), data)
         survives(root)
 
 

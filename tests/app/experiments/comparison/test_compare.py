@@ -380,6 +380,7 @@ def test_a_plan_from_before_a_key_of_the_config_is_the_same_plan(
     assert znormseg("compare", phantoms, tmp_path / "out", *options).code == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call, znormseg_process: Call
 ) -> None:

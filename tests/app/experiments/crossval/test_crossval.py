@@ -615,7 +615,7 @@ def test_a_cross_validation_that_has_not_ended_has_no_page(finished: Path, tmp_p
 # Starting from an earlier cross-validation
 
 
-@pytest.mark.parametrize("jobs", [None, "2"])
+@pytest.mark.parametrize("jobs", [None, pytest.param("2", marks=pytest.mark.slow)])
 def test_each_fold_starts_from_the_network_that_never_saw_its_cases(
     *, jobs: str | None, finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
