@@ -14,11 +14,11 @@ IMAGE = torch.arange(2 * 4 * 24, dtype=torch.float32).reshape(2, 4, 2, 3, 4)
 PRESENT = torch.tensor([[True, False, True, True], [False, False, False, True]])
 
 
-def test_the_contrasts_come_first_unchanged() -> None:
+def test_the_contrasts_come_first_and_are_unchanged() -> None:
     assert torch.equal(with_presence(IMAGE, PRESENT)[:, :4], IMAGE)
 
 
-def test_the_presence_of_each_contrast_is_told_in_the_brain_and_nowhere_else() -> None:
+def test_the_presence_of_each_contrast_is_encoded_only_inside_the_brain() -> None:
     image = IMAGE.clone()
     image[:, :, :, 0] = 0
     image[:, 1:, :, 1] = 0  # one contrast is enough to be brain
@@ -41,11 +41,11 @@ def test_the_norm_after_the_first_convolution_does_not_wipe_it_out(architecture:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_type_is_that_of_the_image(dtype: torch.dtype) -> None:
+def test_the_output_has_the_dtype_of_the_image(dtype: torch.dtype) -> None:
     assert with_presence(IMAGE.to(dtype), PRESENT).dtype == dtype
 
 
-def test_a_network_given_its_presence_is_the_network_with_the_channels() -> None:
+def test_adding_presence_inside_the_network_equals_passing_the_channels() -> None:
     torch.manual_seed(0)
     network = build_network(NetworkConfig(channels=(4, 8)), in_channels=8, out_channels=3).eval()
     image, present = torch.randn(2, 4, 8, 8, 8), (True, True, True, False)
@@ -54,7 +54,7 @@ def test_a_network_given_its_presence_is_the_network_with_the_channels() -> None
     assert not torch.equal(GivenPresence(network, (True, False, True, True))(image), expected)
 
 
-def test_modes_pass_through() -> None:
+def test_training_and_evaluation_mode_are_passed_through() -> None:
     network = nn.Dropout()
     GivenPresence(network, [True]).eval()
     assert not network.training

@@ -40,7 +40,7 @@ def by_hand(logits: npt.NDArray[Any], masks: npt.NDArray[Any], smooth: float) ->
 
 @properties
 @given(seeds, st.sampled_from([1.0, 0.1, 50.0]))
-def test_the_loss_is_that_by_hand(seed: int, smooth: float) -> None:
+def test_the_loss_equals_a_hand_computed_value(seed: int, smooth: float) -> None:
     logits, masks = drawn(seed)
     expected = by_hand(logits.numpy(), masks.numpy(), smooth)
     assert float(RegionLoss(smooth)(logits, masks)) == pytest.approx(expected, rel=1e-5)
@@ -55,7 +55,7 @@ def test_a_perfect_prediction_costs_nothing(seed: int) -> None:
 
 @properties
 @given(seeds)
-def test_the_surer_the_right_answer_the_lower_the_loss(seed: int) -> None:
+def test_a_more_confident_correct_answer_has_a_lower_loss(seed: int) -> None:
     masks = drawn(seed)[1]
     values = [float(RegionLoss()(sureness * (2 * masks - 1), masks)) for sureness in (-5, -1, 0, 1, 5)]
     assert values == sorted(values, reverse=True)
@@ -64,7 +64,7 @@ def test_the_surer_the_right_answer_the_lower_the_loss(seed: int) -> None:
 
 @properties
 @given(seeds)
-def test_one_voxel_wrong_costs_more_than_none(seed: int) -> None:
+def test_one_wrong_voxel_costs_more_than_none(seed: int) -> None:
     masks = drawn(seed)[1]
     logits = 4 * (2 * masks - 1)
     worse = logits.clone()
@@ -72,7 +72,7 @@ def test_one_voxel_wrong_costs_more_than_none(seed: int) -> None:
     assert RegionLoss()(worse, masks) > RegionLoss()(logits, masks)
 
 
-def test_every_region_counts_the_same_whatever_its_size() -> None:
+def test_every_region_counts_equally_regardless_of_its_size() -> None:
     masks = torch.zeros(1, 3, 4, 4, 4)
     masks[:, 0], masks[:, 1, :2], masks[:, 2, 0, 0, 0] = 1, 1, 1
     right = 100 * (2 * masks - 1)
@@ -101,12 +101,12 @@ def test_loss_and_gradient_are_finite_for_empty_masks_and_extreme_logits(masks: 
     assert torch.isfinite(logits.grad).all()
 
 
-def test_nothing_predicted_where_nothing_is_costs_nothing() -> None:
+def test_an_empty_prediction_of_an_empty_mask_costs_nothing() -> None:
     masks = torch.zeros(1, 3, 2, 2, 2)
     assert float(RegionLoss()(masks - 100, masks)) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_sure_wrong_answer_still_has_a_gradient() -> None:
+def test_a_confident_wrong_answer_still_has_a_gradient() -> None:
     logits = torch.full((1, 3, 2, 2, 2), -200.0, requires_grad=True)
     RegionLoss()(logits, torch.ones(1, 3, 2, 2, 2)).backward()
     assert logits.grad is not None
@@ -121,7 +121,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(loss, RegionLoss()(logits.float(), masks.float()))
 
 
-def test_sums_beyond_the_largest_half_precision_number_do_not_overflow() -> None:
+def test_sums_beyond_the_half_precision_range_do_not_overflow() -> None:
     logits = torch.full((1, 3, 48, 48, 48), 5.0, dtype=torch.float16)
     assert float(RegionLoss()(logits, torch.ones_like(logits))) == pytest.approx(0.01, abs=0.01)
 
@@ -141,7 +141,7 @@ def pyramid(seed: int, levels: int = 3) -> tuple[list[torch.Tensor], torch.Tenso
     return [torch.randn(s, generator=random) for s in sides], (torch.rand(sides[0], generator=random) < 0.3).float()
 
 
-def test_one_resolution_costs_what_it_costs_alone() -> None:
+def test_with_one_resolution_the_loss_is_the_plain_loss() -> None:
     logits, masks = drawn(1)
     assert torch.equal(DeepLoss(RegionLoss())(logits, masks), RegionLoss()(logits, masks))
     assert torch.equal(DeepLoss(RegionLoss())([logits], masks), RegionLoss()(logits, masks))
@@ -149,7 +149,7 @@ def test_one_resolution_costs_what_it_costs_alone() -> None:
 
 @properties
 @given(seeds)
-def test_weights_halve_from_resolution_to_resolution_and_sum_to_1(seed: int) -> None:
+def test_weights_halve_with_each_resolution_and_sum_to_1(seed: int) -> None:
     logits, masks = pyramid(seed)
     one, two, three = (float(RegionLoss()(each, coarser(masks, each.shape[2:]))) for each in logits)
     assert float(DeepLoss(RegionLoss())(logits, masks)) == pytest.approx((4 * one + 2 * two + three) / 7, rel=1e-5)
@@ -157,14 +157,14 @@ def test_weights_halve_from_resolution_to_resolution_and_sum_to_1(seed: int) -> 
 
 @properties
 @given(seeds)
-def test_coarser_masks_are_0_or_1_and_nested_as_the_finer(seed: int) -> None:
+def test_coarser_masks_are_binary_and_nested_like_the_finer_ones(seed: int) -> None:
     inner, more = pyramid(seed)[1], pyramid(seed + 1)[1]
     small, large = coarser(inner, (4, 8, 4)), coarser(torch.maximum(inner, more), (4, 8, 4))
     assert set(small.unique().tolist()) <= {0.0, 1.0}
     assert (small <= large).all()
 
 
-def test_coarser_masks_have_the_shape_asked_for_and_a_block_keeps_its_place() -> None:
+def test_coarser_masks_have_the_requested_shape_and_a_block_keeps_its_position() -> None:
     masks = torch.zeros(1, 1, 8, 8, 8)
     masks[..., 4:, :4, :4] = 1
     found = coarser(masks, (2, 2, 2))
@@ -184,7 +184,7 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(losses).failed == 0
 
 
-def test_the_loss_of_processes_that_share_a_batch_is_that_of_the_joined_batch() -> None:
+def test_processes_that_share_a_batch_have_the_loss_of_the_combined_batch() -> None:
     logits, masks = drawn(5)
     whole = logits.clone().requires_grad_()
     RegionLoss()(whole, masks).backward()
@@ -202,7 +202,7 @@ def test_the_loss_of_processes_that_share_a_batch_is_that_of_the_joined_batch() 
     assert torch.allclose(torch.cat(found), whole.grad, atol=1e-7)
 
 
-def test_the_loss_of_float64_is_float64() -> None:
+def test_float64_inputs_give_a_float64_loss() -> None:
     logits, masks = drawn(3)
     loss = RegionLoss()(logits.double(), masks.double())
     assert loss.dtype is torch.float64

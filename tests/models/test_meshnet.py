@@ -51,9 +51,7 @@ def write(folder: Path, layers: list[tuple[str, int, int, int, int]] = LAYERS, *
 
 
 @pytest.mark.parametrize("rows", [50, 10**6])
-def test_the_fast_form_gives_what_the_slow_one_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
+def test_the_fast_form_equals_the_slow_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr("models.meshnet._ROWS", rows)
     network = read_meshnet(*write(tmp_path))
     image = torch.rand(9, 8, 7, generator=torch.Generator().manual_seed(0))
@@ -75,7 +73,7 @@ def test_another_kind_of_network_is_refused(tmp_path: Path, changed: dict[str, A
 
 
 @pytest.mark.parametrize("count", [-4, 4])
-def test_weights_of_another_size_are_refused(tmp_path: Path, count: int) -> None:
+def test_weights_of_the_wrong_shape_are_refused(tmp_path: Path, count: int) -> None:
     description, weights = write(tmp_path)
     raw = weights.read_bytes()
     weights.write_bytes(raw + b"0000" if count > 0 else raw[:count])
@@ -84,14 +82,14 @@ def test_weights_of_another_size_are_refused(tmp_path: Path, count: int) -> None
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"weightsManifest": 3}', "no JSON"])
-def test_a_description_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_description_of_another_architecture_is_refused(tmp_path: Path, content: str) -> None:
     description, weights = write(tmp_path)
     description.write_text(content)
     with pytest.raises(ValueError, match=r"description|Expecting|convolutions"):
         read_meshnet(description, weights)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(tmp_path: Path) -> None:
     description, weights = write(tmp_path)
     weights.write_bytes(np.array([np.nan], "<f4").tobytes() + weights.read_bytes()[4:])
     with pytest.raises(ValueError, match="NaN"):

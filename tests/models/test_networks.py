@@ -30,7 +30,7 @@ def logits(network_config: NetworkConfig, sides: tuple[int, int, int], count: in
 @architectures
 @first_strides
 @levels
-def test_patches_of_multiples_of_the_divisor_give_logits_of_their_own_shape(
+def test_patches_divisible_by_the_divisor_give_logits_of_the_same_shape(
     architecture: Architecture, first_stride: int, channels: tuple[int, ...]
 ) -> None:
     network_config = config(architecture, first_stride=first_stride, channels=channels)
@@ -41,7 +41,9 @@ def test_patches_of_multiples_of_the_divisor_give_logits_of_their_own_shape(
 
 @architectures
 @first_strides
-def test_a_patch_of_half_the_divisor_more_does_not_fit(architecture: Architecture, first_stride: int) -> None:
+def test_a_patch_that_exceeds_a_multiple_by_half_the_divisor_does_not_fit(
+    architecture: Architecture, first_stride: int
+) -> None:
     network_config = config(architecture, first_stride=first_stride)
     divisor = patch_divisor(network_config)
     side = 2 * divisor + divisor // 2
@@ -69,7 +71,7 @@ def test_the_same_seed_gives_the_same_network(architecture: Architecture) -> Non
 
 
 @architectures
-def test_a_network_answers_each_case_of_a_batch_on_its_own(architecture: Architecture) -> None:
+def test_a_network_predicts_each_case_of_a_batch_independently(architecture: Architecture) -> None:
     network = build_network(config(architecture), in_channels=4, out_channels=3).eval()
     batch = torch.randn(
         2, 4, *(2 * patch_divisor(config(architecture)),) * 3, generator=torch.Generator().manual_seed(0)
@@ -78,7 +80,7 @@ def test_a_network_answers_each_case_of_a_batch_on_its_own(architecture: Archite
         torch.testing.assert_close(network(batch)[:1], network(batch[:1]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_two_unets_differ_in_their_residual_units_alone() -> None:
+def test_the_two_unets_differ_only_in_their_residual_units() -> None:
     plain, residual = (
         dict(build_network(config(a), in_channels=4, out_channels=3).named_parameters()) for a in ("unet", "resunet")
     )
@@ -87,7 +89,7 @@ def test_the_two_unets_differ_in_their_residual_units_alone() -> None:
 
 
 @architectures
-def test_numbers_of_channels_in_and_out_are_free(architecture: Architecture) -> None:
+def test_any_number_of_input_and_output_channels_is_accepted(architecture: Architecture) -> None:
     network = build_network(config(architecture), in_channels=2, out_channels=5).eval()
     side = 2 * patch_divisor(config(architecture))
     with torch.no_grad():
@@ -95,13 +97,13 @@ def test_numbers_of_channels_in_and_out_are_free(architecture: Architecture) -> 
 
 
 @architectures
-def test_an_untrained_network_calls_few_voxels_tumour(architecture: Architecture) -> None:
+def test_an_untrained_network_labels_few_voxels_as_tumour(architecture: Architecture) -> None:
     assert float((logits(config(architecture), (16, 16, 16)) > 0).float().mean()) < 0.1
 
 
 @architectures
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_only_dropout_makes_two_answers_in_training_differ(architecture: Architecture, dropout: float) -> None:
+def test_only_dropout_makes_two_outputs_in_training_mode_differ(architecture: Architecture, dropout: float) -> None:
     network = build_network(config(architecture, dropout=dropout), in_channels=4, out_channels=3).train()
     patch = torch.randn(
         1, 4, *(2 * patch_divisor(config(architecture)),) * 3, generator=torch.Generator().manual_seed(0)
@@ -137,12 +139,12 @@ def test_only_dropout_makes_two_answers_in_training_differ(architecture: Archite
         ("network.dropout", {"dropout": float("nan")}),
     ],
 )
-def test_a_bad_config_is_refused_with_its_key(key: str, bad: dict[str, Any]) -> None:
+def test_a_bad_config_is_refused_naming_the_key(key: str, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{key}: .*"):
         NetworkConfig(**bad)
 
 
-def test_an_unknown_architecture_is_refused_with_those_there_are() -> None:
+def test_an_unknown_architecture_is_refused_with_the_valid_names() -> None:
     with pytest.raises(
         ValueError, match=r"network.architecture: 'vnet' is not one of unet, resunet, segresnet, resenc"
     ):
@@ -156,18 +158,18 @@ def resenc(**settings: Any) -> torch.nn.Module:
     return build_network(config("resenc", **settings), in_channels=4, out_channels=3)
 
 
-def test_the_encoder_has_the_blocks_asked_for() -> None:
+def test_the_encoder_has_the_configured_blocks() -> None:
     encoder = resenc(channels=(8, 8, 16), blocks=(2, 1, 3)).get_submodule("encoder")
     assert [len(stage) for stage in encoder.children()] == [2, 1, 3]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("levels", "blocks"), [(2, (1, 3)), (6, (1, 3, 4, 6, 6, 6)), (8, (1, 3, 4, 6, 6, 6, 6, 6))])
-def test_deeper_levels_have_more_blocks_unless_told_otherwise(levels: int, blocks: tuple[int, ...]) -> None:
+def test_deeper_levels_have_more_blocks_by_default(levels: int, blocks: tuple[int, ...]) -> None:
     assert config("resenc", channels=(8,) * levels).blocks_by_level == blocks
 
 
 @first_strides
-def test_deep_supervision_adds_heads_to_the_weights_and_nothing_else(first_stride: int) -> None:
+def test_deep_supervision_adds_only_heads_to_the_weights(first_stride: int) -> None:
     plain, deep = (resenc(first_stride=first_stride, deep_supervision=d).state_dict() for d in (False, True))
     more = {name: tensor for name, tensor in deep.items() if name not in plain}
     assert [name for name in plain if name not in deep] == []
@@ -176,7 +178,7 @@ def test_deep_supervision_adds_heads_to_the_weights_and_nothing_else(first_strid
 
 
 @first_strides
-def test_deep_supervision_answers_at_halving_resolutions_in_training_alone(first_stride: int) -> None:
+def test_deep_supervision_outputs_halving_resolutions_only_in_training_mode(first_stride: int) -> None:
     network = resenc(first_stride=first_stride, deep_supervision=True).train()
     side = 2 * patch_divisor(config("resenc", first_stride=first_stride))
     patch = torch.randn(1, 4, side, side, side, generator=torch.Generator().manual_seed(0))
@@ -201,7 +203,7 @@ def test_upsampling_by_a_matrix_product_has_the_gradients_of_the_transposed_conv
         )
 
 
-def test_each_head_starts_from_background() -> None:
+def test_each_head_initially_predicts_background() -> None:
     with torch.no_grad():
         answers = resenc(deep_supervision=True).train()(torch.zeros(1, 4, 16, 16, 16))
     assert all(float((answer > 0).float().mean()) < 0.1 for answer in answers)

@@ -445,7 +445,10 @@ ZSCORE, HOOK, BACKWARD = "znorm/zscore.py", "znorm/hook.py", "znorm/backward.py"
 #: The traps of real training, and what keeps ZNorm out of them.
 TRAPS: dict[str, Guard] = {
     "gradients still scaled": Guard(
-        HOOK, "        _refuse_scaled(optimizer)\n", "", "znorm/test_hook.py::test_gradients_still_scaled_are_refused"
+        HOOK,
+        "        _refuse_scaled(optimizer)\n",
+        "",
+        "znorm/test_hook.py::test_gradients_that_are_still_scaled_are_refused",
     ),
     "closures": Guard(
         HOOK,
@@ -472,31 +475,31 @@ TRAPS: dict[str, Guard] = {
         HOOK,
         "for group in optimizer.param_groups for parameter in group",
         "for group in optimizer.param_groups[:1] for parameter in group",
-        "znorm/test_hook.py::test_every_group_of_parameters_is_normalised",
+        "znorm/test_hook.py::test_every_parameter_group_is_normalised",
     ),
     "parameters added later": Guard(
         HOOK,
         "            return self._channel_dims[id(parameter)]",
         "            return self._channel_dims.get(id(parameter))",
-        "znorm/test_transforms.py::test_parameters_added_after_the_attach_are_refused_at_the_step",
+        "znorm/test_transforms.py::test_parameters_added_after_attaching_are_refused_at_the_step",
     ),
     "a number that is not finite, in what is normalised": Guard(
         HOOK,
         "finite = both(finite, self._rule(work))",
         "self._rule(work)",
-        "znorm/test_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
+        "znorm/test_hook.py::test_a_step_with_a_non_finite_gradient_changes_nothing",
     ),
     "a number that is not finite, in what is not": Guard(
         HOOK,
         "finite = are_finite(others)",
         "finite: Finite = True",
-        "znorm/test_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
+        "znorm/test_hook.py::test_a_step_with_a_non_finite_gradient_changes_nothing",
     ),
     "a skipped step is counted": Guard(
         HOOK,
         "self._skipped += 1",
         "pass",
-        "znorm/test_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
+        "znorm/test_hook.py::test_a_step_with_a_non_finite_gradient_changes_nothing",
     ),
     "accumulation: once a step": Guard(
         HOOK,
@@ -508,25 +511,25 @@ TRAPS: dict[str, Guard] = {
         HOOK,
         "optimizer.register_step_pre_hook(self._before_step)",
         "[p.register_hook(lambda g: (g - g.mean()) / g.std()) for p in parameters if p.dim() > 1][0]",
-        "znorm/test_training.py::test_two_processes_equal_one_with_the_joined_batch",
+        "znorm/test_training.py::test_two_processes_match_one_with_the_combined_batch",
     ),
     "tensors of one element": Guard(
         ZSCORE,
         'fewest = 1 if scope == "global" else 2',
         "fewest = 1",
-        "znorm/test_zscore.py::test_one_element_passes_through_bit_for_bit",
+        "znorm/test_zscore.py::test_a_single_element_passes_through_bit_for_bit",
     ),
     "a mean far beyond the spread": Guard(
         ZSCORE,
         "_CANCELS: Final = 0.25",
         "_CANCELS: Final = -1.0",
-        "znorm/test_zscore.py::test_a_mean_far_beyond_the_spread_leaves_what_the_numbers_still_hold",
+        "znorm/test_zscore.py::test_a_mean_far_beyond_the_spread_keeps_the_remaining_precision",
     ),
     "very small and very large numbers": Guard(
         ZSCORE,
         "    if not low < mean_square < high:",
         "    if False:",
-        "znorm/test_zscore.py::test_numbers_of_any_magnitude_are_zscored",
+        "znorm/test_zscore.py::test_values_of_any_magnitude_are_zscored",
     ),
     "constant gradients": Guard(
         ZSCORE,
@@ -550,7 +553,7 @@ TRAPS: dict[str, Guard] = {
         "znorm/select.py",
         "        if len(children) > 1:",
         "        if True:",
-        "znorm/test_select.py::test_the_selection_of_a_wrapped_model_is_that_of_the_model",
+        "znorm/test_select.py::test_a_wrapped_model_has_the_same_selection",
     ),
     "in-place operations after a place": Guard(
         BACKWARD,
@@ -568,7 +571,7 @@ TRAPS: dict[str, Guard] = {
         BACKWARD,
         "factor / samples * math.sqrt(count)",
         "factor * math.sqrt(count)",
-        "znorm/test_backward.py::test_micro_batches_add_up_to_the_joined_batch",
+        "znorm/test_backward.py::test_micro_batches_add_up_to_the_combined_batch",
     ),
     "places and a gradient of zero": Guard(
         BACKWARD,
@@ -586,7 +589,7 @@ TRAPS: dict[str, Guard] = {
         "znorm/overlap.py",
         "junction.skip.register_forward_hook(partial(after_call, True), prepend=True)",
         "junction.skip.register_forward_hook(partial(after_call, True))",
-        "znorm/test_backward.py::test_the_overlap_at_a_place_is_measured_on_one_side_of_it",
+        "znorm/test_backward.py::test_the_overlap_at_a_place_is_measured_on_one_side_only",
     ),
 }
 GUARDS |= TRAPS

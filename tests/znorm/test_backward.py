@@ -87,7 +87,9 @@ def gradients(model: nn.Module, images: Tensor, forward: Callable[[Tensor], Tens
 
 @properties
 @given(shapes, st.integers(-30, 30), st.floats(0.01, 100), seeds)
-def test_the_fast_rule_equals_the_slow_one(shape: tuple[int, ...], exponent: int, factor: float, seed: int) -> None:
+def test_the_fast_rule_equals_the_slow_reference(
+    shape: tuple[int, ...], exponent: int, factor: float, seed: int
+) -> None:
     gradient = normal(*shape, seed=seed) * 10.0**exponent
     expected = backward_norm_reference(gradient, factor)
     torch.testing.assert_close(rescale_gradient(gradient, factor), expected, rtol=1e-12, atol=1e-12)
@@ -95,7 +97,9 @@ def test_the_fast_rule_equals_the_slow_one(shape: tuple[int, ...], exponent: int
 
 @properties
 @given(st.integers(1, 4), st.integers(1, 50), st.sampled_from([1e-30, 1.0, 1e30]), seeds)
-def test_each_sample_gets_the_same_norm_whatever_it_was(samples: int, values: int, scale: float, seed: int) -> None:
+def test_each_sample_gets_the_same_norm_regardless_of_its_original_norm(
+    samples: int, values: int, scale: float, seed: int
+) -> None:
     gradient = normal(samples, values, seed=seed, dtype=torch.float32) * scale
     norms = rescale_gradient(gradient, 0.5).norm(dim=1)
     torch.testing.assert_close(norms, torch.full((samples,), 0.5 * math.sqrt(values) / samples))
@@ -108,7 +112,7 @@ def test_the_direction_of_each_sample_is_kept() -> None:
     torch.testing.assert_close(cosines, torch.ones_like(cosines))
 
 
-def test_over_the_batch_the_proportions_of_samples_stay() -> None:
+def test_batch_scope_keeps_the_relative_norms_of_the_samples() -> None:
     gradient = normal(3, 4, 5)
     result = rescale_gradient(gradient, share="batch")
     torch.testing.assert_close(result / result.norm(), gradient / gradient.norm())
@@ -130,11 +134,11 @@ def test_a_gradient_of_zero_stays_zero() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_a_value_that_is_not_finite_is_not_hidden(bad: float) -> None:
+def test_a_non_finite_value_is_not_hidden(bad: float) -> None:
     assert bool(torch.isnan(rescale_gradient(torch.tensor([[bad, 1.0], [1.0, 1.0]]))).any())
 
 
-def test_a_gradient_without_dimensions_or_values_is_allowed() -> None:
+def test_a_scalar_or_empty_gradient_is_allowed() -> None:
     assert float(rescale_gradient(torch.tensor(-7.0))) == -1.0
     assert rescale_gradient(torch.zeros(0, 3)).shape == (0, 3)
 
@@ -143,7 +147,7 @@ def test_a_gradient_without_dimensions_or_values_is_allowed() -> None:
 
 
 @architectures
-def test_the_forward_pass_is_the_same_to_the_bit(architecture: Architecture) -> None:
+def test_the_forward_pass_is_bit_for_bit_the_same(architecture: Architecture) -> None:
     model, images = network(architecture), normal(2, 4, 8, 8, 8, dtype=torch.float32)
     plain = model(images)
     names = set(model.state_dict())
@@ -153,7 +157,7 @@ def test_the_forward_pass_is_the_same_to_the_bit(architecture: Architecture) -> 
 
 
 @architectures
-def test_every_place_hands_back_a_gradient_of_the_size_it_is_to_have(architecture: Architecture) -> None:
+def test_every_place_returns_a_gradient_of_the_intended_size(architecture: Architecture) -> None:
     model, images = network(architecture), normal(2, 4, 8, 8, 8, dtype=torch.float32)
     handle = attach_backward_norm(model)
     seen: dict[str, float] = {}
@@ -171,7 +175,7 @@ def test_every_place_hands_back_a_gradient_of_the_size_it_is_to_have(architectur
     assert list(seen.values()) == pytest.approx([0.5] * len(seen), rel=1e-4)
 
 
-def test_weights_in_front_of_a_place_no_longer_depend_on_the_size_of_the_loss() -> None:
+def test_gradients_in_front_of_a_place_do_not_depend_on_the_scale_of_the_loss() -> None:
     model, images = layers(), normal(4, 2, 8, 8)
     attach_backward_norm(model)
     small, large = gradients(model, images), gradients(model, images, lambda x: 1000 * model(x))
@@ -179,7 +183,7 @@ def test_weights_in_front_of_a_place_no_longer_depend_on_the_size_of_the_loss() 
     torch.testing.assert_close(large[-2:], [1e6 * gradient for gradient in small[-2:]])
 
 
-def test_a_deep_network_without_norms_keeps_the_size_of_its_gradients() -> None:
+def test_a_deep_network_without_norm_layers_keeps_the_size_of_its_gradients() -> None:
     def first_and_last(*, normalised: bool) -> float:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -211,7 +215,7 @@ def test_an_in_place_activation_may_follow_a_place() -> None:
     assert gradients(model, normal(4, 2, 8, 8))
 
 
-def test_a_list_of_outputs_is_normalised_one_by_one() -> None:
+def test_each_output_in_a_list_is_normalised_separately() -> None:
     model = network("resenc", deep_supervision=True)
     before = [logits.detach() for logits in model(normal(1, 4, 8, 8, 8, dtype=torch.float32))]
     attach_backward_norm(model, ["*"])
@@ -220,7 +224,7 @@ def test_a_list_of_outputs_is_normalised_one_by_one() -> None:
     sum(logits.sum() for logits in after).backward()
 
 
-def test_a_copy_of_a_model_has_the_places_too() -> None:
+def test_a_copied_model_keeps_the_places() -> None:
     model, images = layers(), normal(4, 2, 8, 8)
     attach_backward_norm(model)
     twin = copy.deepcopy(model)
@@ -239,7 +243,7 @@ def test_a_copy_of_a_model_has_the_places_too() -> None:
         ("resenc", ("stem.adn.A", "encoder.0.0.lrelu", "encoder.1.0.lrelu", "decoder.0.adn.A")),
     ],
 )
-def test_places_chosen_automatically(architecture: Architecture, places: tuple[str, ...]) -> None:
+def test_places_are_chosen_automatically(architecture: Architecture, places: tuple[str, ...]) -> None:
     found = find_places(network(architecture))
     assert set(places) <= set(found), found
 
@@ -256,7 +260,7 @@ def test_places_can_be_named_by_patterns() -> None:
     assert attach_backward_norm(layers(), ["auto", "0"]).places == ("0", "1", "3", "5")
 
 
-def test_a_pattern_without_a_module_is_refused() -> None:
+def test_a_pattern_that_matches_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="the model has no module named 'block'; its first level has 0, 1"):
         attach_backward_norm(layers(), ["1", "block"])
 
@@ -269,7 +273,7 @@ def test_a_model_without_a_place_is_refused() -> None:
 # In training
 
 
-def test_autocast_hands_back_gradients_of_the_right_size() -> None:
+def test_gradients_have_the_right_size_under_autocast() -> None:
     model, images = layers(torch.float32), normal(4, 2, 8, 8, dtype=torch.float32)
     attach_backward_norm(model)
     full = gradients(model, images)
@@ -283,7 +287,7 @@ def test_autocast_hands_back_gradients_of_the_right_size() -> None:
         assert float((found - expected).norm()) < 0.1 * float(expected.norm())
 
 
-def test_a_scaled_loss_gives_the_gradients_of_the_plain_one_once_they_are_unscaled() -> None:
+def test_a_scaled_loss_gives_the_same_gradients_once_they_are_unscaled() -> None:
     model, images = layers(), normal(4, 2, 8, 8)
     handle = attach_backward_norm(model)
     plain = gradients(model, images)
@@ -294,7 +298,7 @@ def test_a_scaled_loss_gives_the_gradients_of_the_plain_one_once_they_are_unscal
     torch.testing.assert_close(unscaled, plain)
 
 
-def test_micro_batches_add_up_to_the_joined_batch() -> None:
+def test_micro_batches_add_up_to_the_combined_batch() -> None:
     model, images = layers(), normal(4, 2, 8, 8)
     handle = attach_backward_norm(model)
     joined = gradients(model, images)
@@ -306,7 +310,7 @@ def test_micro_batches_add_up_to_the_joined_batch() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch compiles by doing so
-def test_a_compiled_model_has_the_gradients_of_the_plain_one() -> None:
+def test_a_compiled_model_has_the_same_gradients_as_an_eager_one() -> None:
     model, images = layers(), normal(4, 2, 8, 8)
     attach_backward_norm(model)
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -314,7 +318,7 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_blocks_have_the_gradients_of_plain_ones(reentrant: bool) -> None:
+def test_checkpointed_blocks_have_the_same_gradients_as_plain_ones(reentrant: bool) -> None:
     model, images = layers(), normal(4, 2, 8, 8)
     attach_backward_norm(model)
     plain = gradients(model, images)
@@ -359,7 +363,7 @@ distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
+def test_two_processes_match_one_with_the_combined_batch(tmp_path: Path) -> None:
     words = [sys.executable, "-c", TWO_PROCESSES]
     started = [subprocess.Popen([*words, str(rank), tmp_path / "meet", tmp_path / "weights.pt"]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
@@ -374,7 +378,7 @@ def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), model.state_dict(), rtol=0, atol=1e-9)
 
 
-def test_it_works_together_with_znorm() -> None:
+def test_backward_normalization_works_together_with_znorm() -> None:
     model, images = layers(), normal(4, 2, 8, 8)
     attach_backward_norm(model)
     optimizer = SGD(model.parameters(), lr=1.0)
@@ -388,7 +392,7 @@ def test_it_works_together_with_znorm() -> None:
     assert float(step.std(correction=0)) == pytest.approx(1, rel=1e-4)
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_is_skipped() -> None:
+def test_a_step_with_a_non_finite_gradient_is_skipped() -> None:
     model, images = layers(), normal(4, 2, 8, 8)
     attach_backward_norm(model)
     optimizer = SGD(model.parameters(), lr=1.0)
@@ -398,7 +402,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped() -> None:
     assert handle.skipped_steps == 1
 
 
-def test_the_overlap_at_a_place_is_measured_on_one_side_of_it() -> None:
+def test_the_overlap_at_a_place_is_measured_on_one_side_only() -> None:
     model = network("resunet", residual_units=1)
     attach_backward_norm(model)
     with znorm.watch_overlap(model) as watch:
@@ -413,7 +417,7 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(backward).failed == 0
 
 
-def test_a_single_activation_is_normalised_by_the_function() -> None:
+def test_the_function_normalises_a_single_activation() -> None:
     x = normal(3, 7).requires_grad_()
     (5 * backward_norm(x, factor=2.0)).sum().backward()
     assert x.grad is not None

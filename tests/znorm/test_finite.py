@@ -55,7 +55,7 @@ RULES = ["znorm", "znorm layer", "znorm channel", "znorm global", "none", "clip"
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_step_whose_gradients_nobody_reads_equals_one_that_is_checked(
+def test_a_step_without_a_finite_check_on_the_host_equals_a_checked_one(
     rule: str, kind: str, request: pytest.FixtureRequest
 ) -> None:
     expected, _, _ = steps_of(kind, rule)
@@ -68,7 +68,7 @@ def test_a_step_whose_gradients_nobody_reads_equals_one_that_is_checked(
 @pytest.mark.parametrize("bad", [[0], [2], [0, 1, 4]])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_step_that_a_fused_optimizer_skips_by_itself_changes_nothing_and_is_counted(
+def test_a_step_that_a_fused_optimizer_skips_changes_nothing_and_is_counted(
     rule: str, kind: str, bad: list[int], request: pytest.FixtureRequest
 ) -> None:
     expected, _, reference = steps_of(kind, rule, bad)
@@ -80,12 +80,12 @@ def test_a_step_that_a_fused_optimizer_skips_by_itself_changes_nothing_and_is_co
         torch.testing.assert_close(mine.get("step"), other.get("step"))
 
 
-def test_nothing_of_a_skipped_step_is_left_on_the_optimizer(unread: None) -> None:
+def test_a_skipped_step_leaves_nothing_on_the_optimizer(unread: None) -> None:
     _, _, optimizer = steps_of("adamw", "znorm", [4])
     assert not hasattr(optimizer, "found_inf")
 
 
-def test_an_optimizer_that_is_not_fused_waits_for_the_answer(unread: None) -> None:
+def test_a_non_fused_optimizer_waits_for_the_finite_check(unread: None) -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     handle = attach_baseline(optimizer, model, "none")
@@ -97,7 +97,7 @@ def test_an_optimizer_that_is_not_fused_waits_for_the_answer(unread: None) -> No
 
 
 @pytest.mark.parametrize("infinite", [False, True])
-def test_the_flag_of_a_grad_scaler_is_kept(infinite: bool, unread: None) -> None:
+def test_the_found_inf_flag_of_a_grad_scaler_is_kept(infinite: bool, unread: None) -> None:
     model = nn.Linear(3, 2)
     optimizer = fused(model, "adamw")
     handle = attach(optimizer, model)

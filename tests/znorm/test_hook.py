@@ -57,7 +57,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 @optimizers
-def test_steps_with_znorm_are_zscore_by_hand_and_then_plain_steps(make: Callable[[Any], Optimizer]) -> None:
+def test_steps_with_znorm_equal_plain_steps_after_zscore_by_hand(make: Callable[[Any], Optimizer]) -> None:
     hooked, by_hand = small_model(), small_model()
     first, second = make(hooked.parameters()), make(by_hand.parameters())
     attach(first, hooked)
@@ -133,7 +133,7 @@ def test_a_step_without_any_gradient_changes_nothing_and_is_not_counted() -> Non
     assert handle.skipped_steps == 0
 
 
-def test_a_parameter_without_elements_is_no_obstacle() -> None:
+def test_a_parameter_without_elements_is_accepted() -> None:
     model = small_model()
     model.register_parameter("nothing", nn.Parameter(torch.empty(0, 3)))
     optimizer = sgd(model)
@@ -144,7 +144,7 @@ def test_a_parameter_without_elements_is_no_obstacle() -> None:
     assert not same_weights(model[0], small_model()[0])
 
 
-def test_every_group_of_parameters_is_normalised() -> None:
+def test_every_parameter_group_is_normalised() -> None:
     hooked, by_hand = small_model(), small_model()
     first, second = (
         AdamW([{"params": m[0].parameters(), "lr": 0.1}, {"params": m[1:].parameters(), "lr": 0.01}])
@@ -159,7 +159,7 @@ def test_every_group_of_parameters_is_normalised() -> None:
     assert same_weights(hooked, by_hand)
 
 
-def test_an_optimizer_over_some_of_the_models_parameters_is_enough() -> None:
+def test_an_optimizer_may_hold_only_some_of_the_models_parameters() -> None:
     model = small_model()
     optimizer = SGD(model[0].parameters(), lr=0.1)
     attach(optimizer, model)
@@ -181,7 +181,7 @@ def test_a_learning_rate_scheduler_works_with_a_hooked_optimizer() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.05
 
 
-def test_a_run_resumed_from_a_state_dict_goes_on_the_same() -> None:
+def test_a_run_resumed_from_a_state_dict_continues_identically() -> None:
     model = small_model()
     optimizer = sgd(model)
     attach(optimizer, model)
@@ -206,7 +206,7 @@ def test_a_second_attach_is_refused() -> None:
         attach(optimizer, model)
 
 
-def test_an_attach_that_was_refused_leaves_the_optimizer_free() -> None:
+def test_a_refused_attach_leaves_the_optimizer_free() -> None:
     model = small_model()
     optimizer = sgd(model)
     with pytest.raises(ValueError, match="no module named"):
@@ -214,7 +214,7 @@ def test_an_attach_that_was_refused_leaves_the_optimizer_free() -> None:
     attach(optimizer, model)
 
 
-def test_attach_after_remove_normalises_once() -> None:
+def test_attaching_after_remove_normalises_only_once() -> None:
     hooked, by_hand = small_model(), small_model()
     optimizer, plain = SGD(hooked.parameters(), lr=0.1), SGD(by_hand.parameters(), lr=0.1)
     attach(optimizer, hooked, ZNormConfig(eps=1.0)).remove()
@@ -227,7 +227,7 @@ def test_attach_after_remove_normalises_once() -> None:
     assert same_weights(hooked, by_hand)
 
 
-def test_remove_brings_plain_steps_back() -> None:
+def test_remove_restores_plain_steps() -> None:
     hooked, plain = small_model(), small_model()
     first, second = sgd(hooked), sgd(plain)
     attach(first, hooked).remove()
@@ -237,7 +237,7 @@ def test_remove_brings_plain_steps_back() -> None:
     assert same_weights(hooked, plain)
 
 
-def test_a_second_remove_leaves_a_later_attach_alone() -> None:
+def test_a_second_remove_does_not_undo_a_later_attach() -> None:
     model = small_model()
     optimizer = sgd(model)
     handle = attach(optimizer, model)
@@ -248,7 +248,7 @@ def test_a_second_remove_leaves_a_later_attach_alone() -> None:
         attach(optimizer, model)
 
 
-def test_an_optimizer_that_is_gone_does_not_block_the_next() -> None:
+def test_a_deleted_optimizer_does_not_block_the_next_one() -> None:
     model = small_model()
     optimizer = sgd(model)
     attach(optimizer, model)
@@ -279,7 +279,7 @@ def test_an_explicit_closure_of_none_is_a_plain_step() -> None:
     assert not same_weights(model, small_model())
 
 
-def test_gradients_still_scaled_are_refused() -> None:
+def test_gradients_that_are_still_scaled_are_refused() -> None:
     model = small_model()
     optimizer = OPTIMIZERS["AdamW fused"](model.parameters())
     attach(optimizer, model)
@@ -314,7 +314,7 @@ def scaled_steps(fused: bool, *, unscale: bool) -> Any:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_under_a_grad_scaler_is_the_step_without_one(fused: bool) -> None:
+def test_a_step_with_a_grad_scaler_equals_the_step_without_one(fused: bool) -> None:
     plain = small_model()
     optimizer = AdamW(plain.parameters(), lr=0.1, fused=fused)
     attach(optimizer, plain)
@@ -340,7 +340,7 @@ def test_a_sparse_gradient_is_refused() -> None:
 @optimizers
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "3.weight"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
+def test_a_step_with_a_non_finite_gradient_changes_nothing(
     make: Callable[[Any], Optimizer], name: str, value: float
 ) -> None:
     model = small_model()
@@ -356,7 +356,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
     assert handle.skipped_steps == 1
 
 
-def test_the_step_after_a_skipped_one_is_as_if_it_had_not_been() -> None:
+def test_a_skipped_step_does_not_affect_the_next_one() -> None:
     models = [small_model(), small_model()]
     for model, sick in zip(models, (False, True), strict=True):
         optimizer = sgd(model)
@@ -379,13 +379,13 @@ def test_large_numbers_of_every_dtype_are_finite(dtype: torch.dtype, value: floa
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_element_that_is_not_finite_is_found_among_thousands(dtype: torch.dtype, value: float) -> None:
+def test_one_non_finite_element_is_found_among_thousands(dtype: torch.dtype, value: float) -> None:
     gradients = [torch.ones(50), torch.ones(5000, dtype=dtype), torch.ones(3, dtype=torch.float64)]
     gradients[1][4321] = value
     assert not all_finite(gradients)
 
 
-def test_parameters_that_are_not_the_models_are_refused() -> None:
+def test_parameters_from_outside_the_model_are_refused() -> None:
     model = small_model()
     with pytest.raises(ValueError, match="1 parameter that does not belong to the model"):
         attach(SGD([*model.parameters(), nn.Parameter(torch.ones(2, 2))], lr=0.1), model)

@@ -83,7 +83,7 @@ def assert_reference(found: Tensor, gradient: Tensor, mode: Mode = "zscore", tol
     st.sampled_from([0.0, EPS, 1e-3, 1.0]),
     st.integers(0, 10_000),
 )
-def test_the_kernels_equal_the_slow_zscore(
+def test_the_kernels_equal_the_slow_reference(
     shape: list[int], exponent: int, offset: float, eps: float, seed: int
 ) -> None:
     gradient = (normal(shape, seed) + offset) * 10.0**exponent
@@ -95,14 +95,14 @@ def test_the_kernels_equal_the_slow_zscore(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("offset", [0.0, 40.0])
 @pytest.mark.parametrize("count", [2, 31, 32, 33, 300])
-def test_every_mode_equals_the_slow_one(mode: Mode, offset: float, count: int) -> None:
+def test_every_mode_equals_the_slow_reference(mode: Mode, offset: float, count: int) -> None:
     gradient = normal((count,)) + offset
     assert_reference(scored(gradient, mode=mode), gradient, mode)
 
 
 @interpreted
 @pytest.mark.parametrize("mode", MODES)
-def test_together_all_tensors_are_treated_as_one(mode: Mode) -> None:
+def test_the_global_scope_treats_all_tensors_as_one(mode: Mode) -> None:
     gradients = [normal((5, 3), 1), 3 + 2 * normal((140,), 2), torch.tensor([7.0]), 1e-20 * normal((9,))]
     joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
     zscore_kernels_(gradients, EPS, mode, together=True)
@@ -110,7 +110,7 @@ def test_together_all_tensors_are_treated_as_one(mode: Mode) -> None:
 
 
 @interpreted
-def test_a_tensor_does_not_depend_on_its_neighbours_in_the_list() -> None:
+def test_a_result_does_not_depend_on_the_other_tensors_in_the_list() -> None:
     gradients = [normal((50, 3), 1), 1e20 * normal((4,), 2), torch.zeros(6), 5 + normal((64,), 3)]
     found = [gradient.clone() for gradient in gradients]
     zscore_kernels_(found, EPS, "zscore", together=False)
@@ -124,7 +124,7 @@ def test_float16_is_computed_in_float32() -> None:
 
 
 @interpreted
-def test_bfloat16_equals_the_slow_zscore_as_closely_as_it_can() -> None:
+def test_bfloat16_equals_the_slow_reference_up_to_rounding() -> None:
     gradient = (normal((150,)) + 20).bfloat16()
     # The interpreter cuts digits off, where a GPU rounds.
     torch.testing.assert_close(scored(gradient).double(), zscore_reference(gradient, EPS), rtol=2**-7, atol=1e-6)
@@ -137,7 +137,7 @@ def test_float64_is_left_to_the_eager_path() -> None:
 
 @interpreted
 @pytest.mark.parametrize("layout", ["channels last", "transposed"])
-def test_dense_memory_in_another_order_is_changed_in_place(layout: str) -> None:
+def test_dense_memory_in_any_order_is_changed_in_place(layout: str) -> None:
     gradient = normal((4, 6, 3, 2, 2))
     stored = gradient.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "channels last":
@@ -149,7 +149,7 @@ def test_dense_memory_in_another_order_is_changed_in_place(layout: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize("kind", ["with gaps", "expanded", "twice", "a subclass", "of two dtypes"])
-def test_tensors_that_do_not_own_dense_memory_are_left_as_they_are(kind: str) -> None:
+def test_unsupported_tensors_are_left_unchanged(kind: str) -> None:
     whole = normal((6, 4))
     gradients = {
         "with gaps": [whole[:, ::2]],
@@ -166,7 +166,7 @@ def test_tensors_that_do_not_own_dense_memory_are_left_as_they_are(kind: str) ->
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("place", [0, 40, 99])
-def test_one_element_that_is_not_finite_leaves_every_tensor_as_it_was(value: float, together: bool, place: int) -> None:
+def test_one_non_finite_element_leaves_every_tensor_unchanged(value: float, together: bool, place: int) -> None:
     gradients = [normal((70,)), normal((100,)), normal((5,))]
     gradients[1][place] = value
     found = [gradient.clone() for gradient in gradients]
@@ -186,7 +186,7 @@ def test_a_constant_tensor_becomes_0(count: int, value: float, eps: float) -> No
 
 @interpreted
 @pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
-def test_a_mean_far_beyond_the_spread_leaves_what_the_numbers_still_hold(mean: float) -> None:
+def test_a_mean_far_beyond_the_spread_keeps_the_remaining_precision(mean: float) -> None:
     gradient = mean + normal((20, 30))
     assert_reference(scored(gradient), gradient)
 
@@ -194,7 +194,7 @@ def test_a_mean_far_beyond_the_spread_leaves_what_the_numbers_still_hold(mean: f
 @interpreted
 @pytest.mark.parametrize("exponent", [-45, -41, -38, -30, 30, 38])
 @pytest.mark.parametrize("mode", MODES)
-def test_numbers_of_any_magnitude_are_zscored(exponent: int, mode: Mode) -> None:
+def test_values_of_any_magnitude_are_zscored(exponent: int, mode: Mode) -> None:
     gradient = normal((150,)).clamp(-3, 3) * 10.0**exponent
     gradient = gradient if exponent > -45 else torch.tensor([1e-45, -1e-45, 0.0, 3e-45] * 50)
     # Where subnormal numbers are the result, they have few digits.
@@ -203,13 +203,13 @@ def test_numbers_of_any_magnitude_are_zscored(exponent: int, mode: Mode) -> None
 
 
 @interpreted
-def test_a_power_of_two_as_factor_changes_no_bit() -> None:
+def test_scaling_by_a_power_of_two_changes_no_bit() -> None:
     gradient = normal((100,)) + 3
     assert torch.equal(scored(gradient * 2.0**90), scored(gradient))
 
 
 @interpreted
-def test_the_opposite_gradient_gives_the_opposite_bits() -> None:
+def test_the_negated_gradient_gives_the_negated_bits() -> None:
     gradient = normal((100,)) + 3
     assert torch.equal(scored(-gradient), -scored(gradient))
 
@@ -221,7 +221,7 @@ def test_the_same_gradients_give_the_same_bits() -> None:
 
 
 @interpreted
-def test_new_addresses_of_the_same_sizes_are_noticed() -> None:
+def test_new_addresses_with_the_same_sizes_are_noticed() -> None:
     gradients = [normal((40,), seed) for seed in range(3)]
     kept = [scored(gradient) for gradient in gradients]
     for gradient, found in zip(gradients, kept, strict=True):
@@ -229,7 +229,7 @@ def test_new_addresses_of_the_same_sizes_are_noticed() -> None:
 
 
 @interpreted
-def test_autograd_notices_the_change() -> None:
+def test_autograd_detects_the_in_place_change() -> None:
     gradient = normal((40,))
     before = gradient._version
     zscore_kernels_([gradient], EPS, "zscore", together=False)
@@ -263,7 +263,7 @@ class Bytes(TorchDispatchMode):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_temporaries_are_under_a_twentieth_of_large_gradients(
+def test_temporaries_take_less_than_a_twentieth_of_large_gradients(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored(normal((3,)).to(dtype))  # the check at the first use
@@ -276,12 +276,12 @@ def test_temporaries_are_under_a_twentieth_of_large_gradients(
 
 
 @interpreted
-def test_the_kernels_pass_their_own_check(unchecked: None) -> None:
+def test_the_kernels_pass_their_self_check(unchecked: None) -> None:
     assert [kernels._self_check(CPU, dtype) for dtype in kernels._DTYPES] == [None, None, None]
 
 
 @interpreted
-def test_a_result_unlike_the_reference_gives_one_warning_and_the_eager_path(
+def test_a_wrong_kernel_result_gives_one_warning_and_the_eager_path(
     unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "zscore_reference", lambda *a: 1 + zscore_reference(*a))
@@ -294,7 +294,7 @@ def test_a_result_unlike_the_reference_gives_one_warning_and_the_eager_path(
 
 @interpreted
 @pytest.mark.parametrize("passed", [False, True])
-def test_a_launch_that_raises_gives_one_warning_and_the_eager_path(
+def test_a_failing_launch_gives_one_warning_and_the_eager_path(
     passed: bool, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*a: Any, **k: Any) -> None:
@@ -310,7 +310,7 @@ def test_a_launch_that_raises_gives_one_warning_and_the_eager_path(
 
 @interpreted
 @pytest.mark.parametrize("passed", [False, True])
-def test_memory_that_is_short_for_a_moment_turns_the_kernels_off_for_one_step(
+def test_a_transient_out_of_memory_disables_the_kernels_for_one_step(
     passed: bool, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_out(*a: Any, **k: Any) -> None:
@@ -325,7 +325,7 @@ def test_memory_that_is_short_for_a_moment_turns_the_kernels_off_for_one_step(
 
 
 @interpreted
-def test_addresses_that_forbid_wide_loads_change_only_how_their_own_tensor_is_read() -> None:
+def test_an_unaligned_address_only_affects_how_its_own_tensor_is_read() -> None:
     whole = normal((201,))
     views = [whole[:64], whole[65:129], whole[131:200]]  # as DDP cuts gradients out of a bucket
     expected = [scored(view.clone()) for view in views]
@@ -335,7 +335,7 @@ def test_addresses_that_forbid_wide_loads_change_only_how_their_own_tensor_is_re
 
 @interpreted
 @pytest.mark.parametrize("mode", MODES)
-def test_the_path_for_devices_takes_the_kernels_if_it_can(mode: Mode) -> None:
+def test_the_device_path_uses_the_kernels_if_possible(mode: Mode) -> None:
     gradient = normal((40,))
     through_the_path = gradient.clone()
     assert _on_device([through_the_path], EPS, mode, together=False)
@@ -343,13 +343,15 @@ def test_the_path_for_devices_takes_the_kernels_if_it_can(mode: Mode) -> None:
 
 
 @interpreted
-def test_the_path_for_devices_changes_nothing_if_one_of_several_dtypes_is_not_finite() -> None:
+def test_the_device_path_changes_nothing_if_one_of_several_dtypes_is_not_finite() -> None:
     gradients = [normal((40,)), torch.tensor([1.0, math.nan]).half()]
     assert not _on_device(gradients, EPS, "zscore", together=False)
     assert torch.equal(gradients[0], normal((40,)))
 
 
-def test_without_triton_there_is_no_such_path_and_no_warning(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
+def test_without_triton_the_device_path_is_skipped_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with warnings.catch_warnings():
@@ -357,9 +359,7 @@ def test_without_triton_there_is_no_such_path_and_no_warning(monkeypatch: pytest
         assert zscore_kernels_([normal((40,))], EPS, "zscore", together=False) is None
 
 
-def test_tensors_of_the_cpu_never_take_the_kernels_without_the_interpreter(
-    monkeypatch: pytest.MonkeyPatch, unchecked: None
-) -> None:
+def test_cpu_tensors_only_use_the_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert zscore_kernels_([normal((40,))], EPS, "zscore", together=False) is None
     assert zscore_([normal((40,))])

@@ -96,7 +96,7 @@ def test_cosine_and_ratio_stay_within_their_limits_at_any_scale(pairs: list[tupl
     assert measured.norm_skip == pytest.approx(float(a.double().norm()))
 
 
-def test_sums_in_pieces_are_the_sums_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_computed_in_pieces_equal_the_sums_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = image(), image(seed=1)
     whole = overlap._sums(a, b)
     monkeypatch.setattr(overlap, "_ELEMENTS_AT_A_TIME", 1000)
@@ -151,7 +151,7 @@ def expected_of(module: Any, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tenso
 
 
 @architectures
-def test_both_gradients_are_those_of_the_parts_and_add_up_to_the_whole(architecture: Architecture) -> None:
+def test_each_branch_has_its_own_gradient_and_both_add_up_to_the_whole(architecture: Architecture) -> None:
     model = network(architecture)
     with watch_overlap(model) as watch:
         loss_of(model(image())).backward()
@@ -171,7 +171,7 @@ def test_both_gradients_are_those_of_the_parts_and_add_up_to_the_whole(architect
     assert checked == {"unet": 2, "resunet": 6, "segresnet": 9}[architecture]
 
 
-def test_the_long_skips_of_segresnet_are_measured_where_they_part() -> None:
+def test_the_long_skips_of_segresnet_are_measured_where_they_branch_off() -> None:
     model = network("segresnet")
     with watch_overlap(model) as watch:
         loss_of(model(image())).backward()
@@ -185,7 +185,7 @@ def test_the_long_skips_of_segresnet_are_measured_where_they_part() -> None:
         assert torch.allclose(a + b, seen.total[down], rtol=1e-9, atol=1e-12)
 
 
-def test_a_junction_that_the_image_feeds_is_left_out() -> None:
+def test_a_junction_fed_by_the_image_is_left_out() -> None:
     model = network("resunet")
     assert "model.0" in [junction.name for junction in find_junctions(model)]
     with watch_overlap(model) as watch:
@@ -194,7 +194,7 @@ def test_a_junction_that_the_image_feeds_is_left_out() -> None:
 
 
 @architectures
-def test_the_junctions_come_in_the_order_of_the_model(architecture: Architecture) -> None:
+def test_junctions_are_in_model_order(architecture: Architecture) -> None:
     model = network(architecture)
     with watch_overlap(model) as watch:
         model(image()).sum().backward()
@@ -203,17 +203,17 @@ def test_the_junctions_come_in_the_order_of_the_model(architecture: Architecture
     assert len(set(names)) == len(names)
 
 
-def test_a_wrapped_network_has_the_same_junctions_under_the_name_of_its_place() -> None:
+def test_a_wrapped_network_has_the_same_junctions_with_the_prefix_of_its_wrapper() -> None:
     model = network("segresnet")
     wrapped = nn.ModuleDict({"net": model})
     assert [j.name for j in find_junctions(wrapped)] == [f"net.{j.name}" for j in find_junctions(model)]
 
 
-def test_a_skip_that_multiplies_is_no_junction() -> None:
+def test_a_multiplicative_skip_is_not_a_junction() -> None:
     assert find_junctions(SkipConnection(nn.Identity(), mode="mul")) == ()
 
 
-def test_a_skip_that_adds_is_measured() -> None:
+def test_an_additive_skip_is_measured() -> None:
     f = nn.Conv3d(4, 4, 1).double()
     module, gradient = SkipConnection(f, mode="add"), image(seed=3)
     with watch_overlap(module) as watch:
@@ -221,7 +221,7 @@ def test_a_skip_that_adds_is_measured() -> None:
     assert_equal(watch.read()[""], by_hand(gradient, gradient_through(f, image(), gradient)))
 
 
-def test_a_transformation_that_uses_its_input_in_two_places_counts_with_both() -> None:
+def test_a_transformation_that_uses_its_input_twice_counts_both_uses() -> None:
     class Square(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * x + 3 * x
@@ -243,7 +243,7 @@ def test_a_model_without_junctions_gives_nothing() -> None:
 # More than one pass
 
 
-def test_two_passes_count_side_by_side() -> None:
+def test_two_passes_are_counted_separately() -> None:
     model = network("unet")
     with watch_overlap(model) as watch:
         loss_of(model(image(count=2))).backward()
@@ -258,7 +258,7 @@ def test_two_passes_count_side_by_side() -> None:
     assert twice.read() != watch.read()
 
 
-def test_a_module_called_twice_in_one_pass_pairs_each_call_with_its_own() -> None:
+def test_a_module_called_twice_in_one_pass_pairs_each_call_with_its_own_gradient() -> None:
     f = nn.Linear(3, 3, bias=False).double()
     module = Residual(f)
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
@@ -271,7 +271,7 @@ def test_a_module_called_twice_in_one_pass_pairs_each_call_with_its_own() -> Non
     assert_equal(watch.read()["sum"], by_hand(a, b))
 
 
-def test_calls_whose_gradients_arrive_mixed_are_paired_by_their_number() -> None:
+def test_calls_whose_gradients_arrive_out_of_order_are_paired_by_number() -> None:
     f, skip = nn.Linear(3, 3, bias=False).double(), nn.Linear(3, 3, bias=False).double()
     inputs = [torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     with watch_overlap([Junction(name="sum", transformation=f, skip=skip, side="path")]) as watch:
@@ -296,7 +296,7 @@ def test_what_a_transformation_sends_elsewhere_is_not_counted() -> None:
     assert_equal(watch.read()["sum"], by_hand(ones, 2 * ones))
 
 
-def test_a_pass_without_gradients_in_between_is_passed_over() -> None:
+def test_a_no_grad_pass_in_between_is_ignored() -> None:
     model = network("resunet")
     with watch_overlap(model) as plain:
         loss_of(model(image())).backward()
@@ -307,7 +307,7 @@ def test_a_pass_without_gradients_in_between_is_passed_over() -> None:
     assert watch.read() == plain.read()
 
 
-def test_an_input_that_needs_a_gradient_may_pass_without_one() -> None:
+def test_a_no_grad_pass_accepts_an_input_that_requires_grad() -> None:
     f = nn.Linear(3, 3)
     module = Residual(f)
     with (
@@ -348,7 +348,7 @@ def test_a_checkpointed_network_has_the_same_overlap() -> None:
 @pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("count", [1, 2])
-def test_watching_changes_no_gradient_bit_for_bit(
+def test_measuring_leaves_every_gradient_bit_for_bit_the_same(
     architecture: Architecture, layout: torch.memory_format, *, autocast: bool, count: int
 ) -> None:
     watched = network(architecture, torch.float32, channels=(8, 16, 16))
@@ -371,7 +371,7 @@ def test_watching_changes_no_gradient_bit_for_bit(
 
 
 @architectures
-def test_under_autocast_the_overlap_is_about_that_of_full_precision(architecture: Architecture) -> None:
+def test_the_overlap_under_autocast_is_close_to_full_precision(architecture: Architecture) -> None:
     model = network(architecture, torch.float32)
     found = []
     for enabled in (True, False):

@@ -91,25 +91,25 @@ def test_every_parameter_is_in_the_selection_once(architecture: Architecture) ->
 
 
 @architectures
-def test_the_selection_of_a_wrapped_model_is_that_of_the_model(architecture: Architecture) -> None:
+def test_a_wrapped_model_has_the_same_selection(architecture: Architecture) -> None:
     model = network(architecture)
     wrapped = select(Wrapper(Wrapper(model)))
     assert wrapped.output_block == f"module.module.{OUTPUT_BLOCKS[architecture]}"
     assert wrapped.normalised == {f"module.module.{name}" for name in select(model).normalised}
 
 
-def test_a_named_block_is_left_out_in_place_of_the_last() -> None:
+def test_a_named_block_is_left_out_instead_of_the_last_one() -> None:
     selection = select(small_model(), output_block="middle")
     assert selection.normalised == {"body.weight", "head.weight"}
 
 
-def test_none_leaves_no_block_out() -> None:
+def test_with_none_no_block_is_left_out() -> None:
     selection = select(small_model(), output_block="none")
     assert selection.output_block is None
     assert selection.normalised == {"body.weight", "middle.weight", "head.weight"}
 
 
-def test_a_block_whose_name_begins_like_the_output_block_is_normalised() -> None:
+def test_a_block_whose_name_starts_like_the_output_block_is_normalised() -> None:
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(12)])
     assert "10.weight" in select(model, output_block="1").normalised
 
@@ -124,7 +124,7 @@ def test_a_model_of_one_layer_has_no_output_block() -> None:
     assert selection.normalised == {"0.weight"}
 
 
-def test_tensors_of_one_dimension_can_be_asked_for() -> None:
+def test_one_dimensional_tensors_can_be_included() -> None:
     assert "body.bias" in select(small_model(), min_dimensions=1).normalised
 
 
@@ -133,7 +133,7 @@ def test_a_tensor_of_one_element_is_never_normalised() -> None:
     assert left_out(selection, "one element") == ["0.weight", "0.bias"]
 
 
-def test_an_unknown_block_is_refused_with_the_names_there_are() -> None:
+def test_an_unknown_block_is_refused_with_the_valid_names() -> None:
     with pytest.raises(ValueError, match=r"no module named 'tail'.*body, middle, head"):
         select(small_model(), output_block="tail")
 
@@ -144,7 +144,7 @@ def test_a_choice_that_leaves_nothing_to_normalise_is_refused(settings: dict[str
         select(nn.Sequential(nn.Linear(4, 2)), **settings)  # type: ignore[arg-type]  # one dict for two types
 
 
-def test_the_report_names_each_tensor_under_its_reason() -> None:
+def test_the_report_lists_each_tensor_under_its_reason() -> None:
     lines = select(small_model()).report().splitlines()
     assert lines == [
         "z-scored: 2 tensors, 96 elements - 2 or more dimensions",

@@ -41,7 +41,7 @@ def observed(gradient: Tensor) -> LayerGradient:
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40), st.sampled_from([1e-30, 1.0, 1e30]))
-def test_mean_std_and_norm_are_those_of_numpy_whatever_the_scale(values: list[float], scale: float) -> None:
+def test_mean_std_and_norm_equal_those_of_numpy_at_any_scale(values: list[float], scale: float) -> None:
     gradient = torch.tensor(values) * scale
     exact = gradient.numpy().astype(np.float64)
     measured = observed(gradient).before
@@ -51,7 +51,7 @@ def test_mean_std_and_norm_are_those_of_numpy_whatever_the_scale(values: list[fl
     assert measured.norm == pytest.approx(np.linalg.norm(exact), rel=1e-9)
 
 
-def test_the_numbers_before_are_those_of_the_raw_gradient_and_those_after_of_the_changed_one() -> None:
+def test_statistics_before_are_of_the_raw_gradient_and_after_of_the_changed_one() -> None:
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.1)
     attach(optimizer, model)
@@ -68,7 +68,7 @@ def test_the_numbers_before_are_those_of_the_raw_gradient_and_those_after_of_the
     assert abs(layer.before.norm - layer.after.norm) > 1e-3
 
 
-def test_the_gradient_is_measured_before_the_optimizer_itself_works_on_it() -> None:
+def test_the_gradient_is_measured_before_the_optimizer_modifies_it() -> None:
     class Spoiler(SGD):
         def step(self, closure: Any = None) -> Any:
             for parameter in self.param_groups[0]["params"]:
@@ -82,7 +82,7 @@ def test_the_gradient_is_measured_before_the_optimizer_itself_works_on_it() -> N
     assert seen.layers()["weight"].after == seen.layers()["weight"].before
 
 
-def test_a_parameter_that_the_rule_leaves_as_it_is_has_the_same_numbers_twice() -> None:
+def test_a_parameter_the_rule_does_not_change_has_equal_statistics_before_and_after() -> None:
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.1)
     attach(optimizer, model)
@@ -92,7 +92,7 @@ def test_a_parameter_that_the_rule_leaves_as_it_is_has_the_same_numbers_twice() 
     assert seen.layers()["0.bias"].before == seen.layers()["0.bias"].after
 
 
-def test_a_skipped_step_shows() -> None:
+def test_a_skipped_step_is_reported() -> None:
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.1)
     attach(optimizer, model)
@@ -104,7 +104,7 @@ def test_a_skipped_step_shows() -> None:
     assert not math.isfinite(seen.layers()["2.weight"].before.norm)
 
 
-def test_a_step_that_was_taken_is_not_skipped() -> None:
+def test_a_step_that_was_taken_is_not_reported_as_skipped() -> None:
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.1)
     backward(model)
@@ -113,7 +113,7 @@ def test_a_step_that_was_taken_is_not_skipped() -> None:
     assert all(layer.after is not None for layer in seen.layers().values())
 
 
-def test_parameters_without_a_gradient_are_left_out_and_the_others_keep_the_order_of_the_model() -> None:
+def test_parameters_without_a_gradient_are_left_out_and_the_rest_stay_in_model_order() -> None:
     model = small_model()
     model[2].requires_grad_(False)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -123,7 +123,7 @@ def test_parameters_without_a_gradient_are_left_out_and_the_others_keep_the_orde
     assert list(seen.layers()) == ["0.weight", "0.bias", "1.weight", "3.weight", "3.bias"]
 
 
-def test_without_any_gradient_there_is_nothing_to_tell() -> None:
+def test_without_any_gradient_the_statistics_are_empty() -> None:
     model = small_model()
     optimizer = SGD(model.parameters(), lr=0.1)
     with observe_step(optimizer, model) as seen:
@@ -155,7 +155,7 @@ def test_no_hook_is_left_when_the_block_ends_even_with_an_error() -> None:
 
 
 @pytest.mark.parametrize("rule", ["none", "clip"])
-def test_observed_and_plain_training_come_to_the_same_weights_bit_for_bit(rule: str) -> None:
+def test_observed_and_plain_training_give_bit_for_bit_the_same_weights(rule: str) -> None:
     models = [small_model(), small_model()]
     numbers: dict[str, Any] = {"limit": 0.1} if rule == "clip" else {}
     for model, watched in zip(models, (True, False), strict=True):

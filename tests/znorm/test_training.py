@@ -53,7 +53,7 @@ distributed.destroy_process_group()
 """
 
 
-def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
+def test_two_processes_match_one_with_the_combined_batch(tmp_path: Path) -> None:
     words = [sys.executable, "-c", TWO_PROCESSES]
     started = [subprocess.Popen([*words, str(rank), tmp_path / "meet", tmp_path / "weights.pt"]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
@@ -91,14 +91,14 @@ def two_steps(forward: Callable[[Tensor], Tensor], model: nn.Module, attach_to: 
 
 
 @pytest.mark.parametrize("given", ["the compiled model", "the plain model"])
-def test_a_compiled_model_takes_the_steps_of_the_plain_one(given: str) -> None:
+def test_a_compiled_model_takes_the_same_steps_as_an_eager_one(given: str) -> None:
     plain, model = network(), network()
     compiled: Any = torch.compile(model, backend="aot_eager")
     found = two_steps(compiled, model, compiled if given == "the compiled model" else model)
     torch.testing.assert_close(found, two_steps(plain, plain, plain))
 
 
-def test_steps_under_bfloat16_autocast_are_near_those_without() -> None:
+def test_steps_under_bfloat16_autocast_are_close_to_float32_steps() -> None:
     plain, model = network(), network()
 
     def autocast(inputs: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def test_steps_under_bfloat16_autocast_are_near_those_without() -> None:
     assert gap < 0.3 * change
 
 
-def test_a_model_of_bfloat16_weights_is_trained() -> None:
+def test_a_model_with_bfloat16_weights_can_be_trained() -> None:
     model: Any = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1)).bfloat16()
     before: Any = copy.deepcopy(model)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -126,7 +126,7 @@ def test_a_model_of_bfloat16_weights_is_trained() -> None:
     assert float(moved.std(correction=0)) == pytest.approx(0.1, rel=0.05)
 
 
-def test_the_guide_runs_with_torch_alone(shell: Call, tmp_path: Path) -> None:
+def test_the_guide_runs_with_only_torch(shell: Call, tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
     barred = ("monai", "nibabel", "pydantic", "typer", "app", "data", "models", "scipy")
     lines = [f"import sys; sys.modules.update(dict.fromkeys({barred!r}))", code]

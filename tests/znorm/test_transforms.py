@@ -54,7 +54,7 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6])
-def test_clip_by_norm_is_torchs(limit: float) -> None:
+def test_clip_by_norm_equals_that_of_torch(limit: float) -> None:
     model = with_gradients(small_model())
     twin = copy.deepcopy(model)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
@@ -64,7 +64,7 @@ def test_clip_by_norm_is_torchs(limit: float) -> None:
     torch.testing.assert_close(gradients_of(model), gradients_of(twin))
 
 
-def test_a_norm_too_large_for_a_number_is_clipped_all_the_same() -> None:
+def test_a_norm_that_overflows_is_still_clipped() -> None:
     gradient = torch.tensor([3e38, -3e38, 0.0])
     assert BASELINES["clip"](work(gradient), limit=1.0)
     torch.testing.assert_close(gradient, torch.tensor([math.sqrt(0.5), -math.sqrt(0.5), 0.0]))
@@ -87,13 +87,13 @@ def test_centralized_channels_have_mean_0_and_keep_their_differences(dim: int) -
     assert float((before - gradient).std(others).max()) < 1e-5
 
 
-def test_centralization_leaves_tensors_of_one_dimension_alone() -> None:
+def test_centralization_leaves_one_dimensional_tensors_unchanged() -> None:
     gradient = normal(7)
     BASELINES["centralize"](work(gradient))
     assert torch.equal(gradient, normal(7))
 
 
-def test_adaptive_clipping_looks_at_each_channel_alone() -> None:
+def test_adaptive_clipping_treats_each_channel_separately() -> None:
     gradient, weight = normal(3, 10), normal(3, 10, seed=1)
     before = gradient.clone()
     before[0] *= 1e-6
@@ -103,13 +103,13 @@ def test_adaptive_clipping_looks_at_each_channel_alone() -> None:
     torch.testing.assert_close(gradient[1:].norm(dim=1), 0.1 * weight[1:].norm(dim=1))
 
 
-def test_weights_of_0_count_with_the_floor() -> None:
+def test_zero_weights_are_clipped_relative_to_the_floor() -> None:
     gradient = normal(2, 10)
     BASELINES["adaptive-clip"](work(gradient, parameters=[torch.zeros(2, 10)]), ratio=0.5, floor=0.02)
     torch.testing.assert_close(gradient.norm(dim=1), torch.full((2,), 0.01))
 
 
-def test_scale_is_zscore_with_the_mean_left_in() -> None:
+def test_scale_is_zscore_without_removing_the_mean() -> None:
     gradient, twin = 3 + normal(5, 5), 3 + normal(5, 5)
     BASELINES["scale"](work(gradient), eps=0.0)
     zscore_([twin], 0.0)
@@ -120,7 +120,7 @@ def test_scale_is_zscore_with_the_mean_left_in() -> None:
 @rivals
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("place", ["0.weight", "0.bias", "1.weight", "3.weight"])
-def test_a_step_with_a_number_that_is_not_finite_is_left_out_and_counted(name: str, value: float, place: str) -> None:
+def test_a_non_finite_step_is_skipped_and_counted(name: str, value: float, place: str) -> None:
     model = with_gradients(small_model())
     optimizer = AdamW(model.parameters(), lr=0.1)
     handle = attach_baseline(optimizer, model, name, **NUMBERS[name])
@@ -131,7 +131,7 @@ def test_a_step_with_a_number_that_is_not_finite_is_left_out_and_counted(name: s
 
 
 @rivals
-def test_a_rival_in_front_of_the_step_is_the_rule_by_hand_and_a_plain_step(name: str) -> None:
+def test_an_attached_rule_equals_the_rule_applied_by_hand_and_a_plain_step(name: str) -> None:
     model, twin = with_gradients(small_model()), with_gradients(small_model())
     optimizer = SGD(model.parameters(), lr=0.1)
     handle = attach_baseline(optimizer, model, name, **NUMBERS[name])
@@ -152,19 +152,19 @@ def test_a_rival_in_front_of_the_step_is_the_rule_by_hand_and_a_plain_step(name:
         ("scale", ["0.bias", "1.weight", "2.bias", "3.bias", "3.weight"]),
     ],
 )
-def test_each_rival_takes_the_parameters_of_its_paper(name: str, left_out: list[str]) -> None:
+def test_each_rule_takes_the_parameters_of_its_paper(name: str, left_out: list[str]) -> None:
     model = small_model()
     selection = attach_baseline(SGD(model.parameters(), lr=1), model, name, **NUMBERS[name]).selection
     assert sorted(choice.name for choice in selection.choices if not choice.normalised) == left_out
 
 
-def test_a_rule_with_an_unknown_name_is_refused_with_those_there_are() -> None:
+def test_an_unknown_rule_is_refused_with_the_valid_names() -> None:
     model = small_model()
     with pytest.raises(ValueError, match=r"unknown gradient rule 'clop'; available: none, clip, "):
         attach_baseline(SGD(model.parameters(), lr=1), model, "clop")
 
 
-def test_one_optimizer_takes_one_rule() -> None:
+def test_an_optimizer_takes_only_one_rule() -> None:
     model = small_model()
     optimizer = SGD(model.parameters(), lr=1)
     attach(optimizer, model)
@@ -172,7 +172,7 @@ def test_one_optimizer_takes_one_rule() -> None:
         attach_baseline(optimizer, model, "clip", limit=1.0)
 
 
-def test_parameters_added_after_the_attach_are_refused_at_the_step() -> None:
+def test_parameters_added_after_attaching_are_refused_at_the_step() -> None:
     model = with_gradients(small_model())
     optimizer = SGD(list(model.parameters())[:2], lr=1)
     attach(optimizer, model)
@@ -207,12 +207,12 @@ def test_parameters_are_chosen_by_module_type_and_by_name(config: dict[str, Any]
     assert names(ZNormConfig(**config), convolutions()) == expected
 
 
-def test_patterns_that_leave_nothing_are_refused() -> None:
+def test_patterns_that_match_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"only=\['nowhere\.\*'\]"):
         names(ZNormConfig(only=("nowhere.*",)))
 
 
-def test_output_channels_of_a_transposed_convolution_lie_in_its_second_dimension() -> None:
+def test_output_channels_of_a_transposed_convolution_are_its_second_dimension() -> None:
     model = convolutions()
     selection = attach(SGD(model.parameters(), lr=1), model).selection
     assert {choice.name: choice.channel_dim for choice in selection.choices if choice.normalised} == {
@@ -257,13 +257,13 @@ def norm(gradients: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("factor", [1e-12, 1.0, 1e12])
-def test_znorm_with_a_clip_norm_leaves_the_norm_that_clipping_leaves(limit: float, factor: float) -> None:
+def test_znorm_with_a_clip_norm_gives_the_same_norm_as_clipping(limit: float, factor: float) -> None:
     model = with_gradients(small_model(), factor)
     expected = min(norm(gradients_of(model)), limit)
     assert norm(sized(model, limit)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_znorm_with_a_clip_norm_points_where_znorm_does() -> None:
+def test_znorm_with_a_clip_norm_has_the_direction_of_znorm() -> None:
     model = with_gradients(small_model())
     found = next(g for g in sized(model, 1.0) if g.dim() > 1)
     expected = next(p.grad.clone() for p in model.parameters() if p.grad is not None)
@@ -271,7 +271,7 @@ def test_znorm_with_a_clip_norm_points_where_znorm_does() -> None:
     torch.testing.assert_close(found / found.std(), expected / expected.std())
 
 
-def test_znorm_with_a_clip_norm_shrinks_what_it_does_not_normalise_as_clipping_does() -> None:
+def test_znorm_with_a_clip_norm_clips_the_parameters_it_does_not_normalise() -> None:
     model = with_gradients(small_model(), 1e3)
     twin = with_gradients(small_model(), 1e3)
     torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
@@ -280,14 +280,14 @@ def test_znorm_with_a_clip_norm_shrinks_what_it_does_not_normalise_as_clipping_d
     assert all(torch.allclose(one, other, rtol=1e-4) for one, other in biases)
 
 
-def test_znorm_with_a_clip_norm_takes_gradients_whose_squares_overflow() -> None:
+def test_znorm_with_a_clip_norm_handles_gradients_whose_squares_overflow() -> None:
     g = torch.tensor([1e30, 3e30, 2e30])
     chosen = Gradients(gradients=[g], parameters=[g], channel_dims=[0])
     assert transforms.rescale_to_clipped_norm_(chosen, lambda: zscore_([g]), limit=1.0)
     assert float(g.norm()) == pytest.approx(1.0)
 
 
-def test_znorm_with_a_clip_norm_leaves_a_bad_gradient_alone() -> None:
+def test_znorm_with_a_clip_norm_leaves_a_non_finite_gradient_unchanged() -> None:
     g, other = torch.tensor([1.0, math.nan]), torch.tensor([2.0])
     chosen = Gradients(gradients=[g], parameters=[g], channel_dims=[0], others=[other])
     assert not transforms.rescale_to_clipped_norm_(chosen, lambda: zscore_([g]), limit=0.1)

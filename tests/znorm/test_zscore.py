@@ -53,7 +53,7 @@ def scored(gradient: Tensor, eps: float = EPS) -> Tensor:
 
 @properties
 @given(shapes, exponents, st.floats(-50, 50), st.sampled_from([EPS, 1e-3, 1.0]), seeds)
-def test_the_fast_zscore_equals_the_slow_one(
+def test_the_fast_zscore_equals_the_slow_reference(
     shape: tuple[int, ...], exponent: int, offset: float, eps: float, seed: int
 ) -> None:
     gradient = (normal(shape, seed) + offset) * 10.0**exponent
@@ -61,14 +61,14 @@ def test_the_fast_zscore_equals_the_slow_one(
     torch.testing.assert_close(scored(gradient, eps).double(), expected, rtol=1e-3, atol=2e-3)
 
 
-def test_a_mean_thousands_of_times_the_spread_is_taken_off_exactly() -> None:
+def test_a_mean_thousands_of_times_the_spread_is_removed_exactly() -> None:
     gradient = 1000 + 0.25 * normal((50, 50))
     torch.testing.assert_close(scored(gradient).double(), zscore_reference(gradient, EPS), rtol=0, atol=2e-3)
 
 
 @properties
 @given(st.sampled_from([(7,), (3, 4), (2, 3, 2)]), st.integers(-100, 100), seeds)
-def test_a_power_of_two_as_factor_changes_no_bit(shape: tuple[int, ...], exponent: int, seed: int) -> None:
+def test_scaling_by_a_power_of_two_changes_no_bit(shape: tuple[int, ...], exponent: int, seed: int) -> None:
     gradient = normal(shape, seed)
     assert torch.equal(scored(gradient * 2.0**exponent), scored(gradient))
 
@@ -82,7 +82,7 @@ def test_the_result_does_not_depend_on_the_scale(exponent: int, seed: int) -> No
 
 @properties
 @given(exponents, seeds)
-def test_the_opposite_gradient_gives_the_opposite_result(exponent: int, seed: int) -> None:
+def test_the_negated_gradient_gives_the_negated_result(exponent: int, seed: int) -> None:
     gradient = normal((4, 5), seed) * 10.0**exponent
     torch.testing.assert_close(scored(-gradient), -scored(gradient), rtol=0, atol=0)
 
@@ -105,7 +105,7 @@ def test_the_same_gradients_give_the_same_bits() -> None:
     assert torch.equal(scored(gradient), scored(gradient))
 
 
-def test_a_tensor_does_not_depend_on_its_neighbours_in_the_list() -> None:
+def test_a_result_does_not_depend_on_the_other_tensors_in_the_list() -> None:
     gradients = [normal((5, 3), 1), 1e20 * normal((4,), 2), torch.zeros(6), torch.tensor([7.0])]
     together = [gradient.clone() for gradient in gradients]
     zscore_(together)
@@ -114,7 +114,7 @@ def test_a_tensor_does_not_depend_on_its_neighbours_in_the_list() -> None:
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 3.7e-41, 1.1, -3e38])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
-def test_one_element_passes_through_bit_for_bit(value: float, shape: tuple[int, ...]) -> None:
+def test_a_single_element_passes_through_bit_for_bit(value: float, shape: tuple[int, ...]) -> None:
     gradient = torch.full(shape, value)
     assert torch.equal(scored(gradient).view(torch.int32), gradient.view(torch.int32))
 
@@ -151,7 +151,7 @@ def test_the_sum_of_many_half_precision_numbers_does_not_overflow() -> None:
     assert torch.isfinite(scored(gradient)).all()
 
 
-def test_tensors_of_several_dtypes_keep_theirs_and_get_their_own_result() -> None:
+def test_mixed_dtypes_are_kept_and_each_tensor_gets_its_own_result() -> None:
     dtypes = [torch.float32, torch.float16, torch.float64, torch.bfloat16, torch.float32]
     gradients = [normal((9,), seed).to(dtype) for seed, dtype in enumerate(dtypes)]
     together = [gradient.clone() for gradient in gradients]
@@ -167,12 +167,12 @@ def test_a_transposed_tensor_is_changed_in_place() -> None:
     torch.testing.assert_close(turned.t(), scored(gradient))
 
 
-def test_a_list_without_tensors_or_with_an_empty_one_is_no_error() -> None:
+def test_an_empty_list_or_an_empty_tensor_is_accepted() -> None:
     zscore_([])
     zscore_([torch.empty(0, 3)])
 
 
-def test_a_gradient_that_tracks_gradients_itself_is_changed_without_a_graph() -> None:
+def test_a_gradient_that_requires_grad_is_changed_without_a_graph() -> None:
     gradient = normal((4,)).requires_grad_()
     zscore_([gradient])
     assert gradient.grad_fn is None
@@ -181,7 +181,7 @@ def test_a_gradient_that_tracks_gradients_itself_is_changed_without_a_graph() ->
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("scope", ["layer", "channel", "global"])
 @pytest.mark.parametrize("path", PATHS)
-def test_one_element_that_is_not_finite_leaves_every_tensor_as_it_was(value: float, scope: Scope, path: str) -> None:
+def test_one_non_finite_element_leaves_every_tensor_unchanged(value: float, scope: Scope, path: str) -> None:
     well, sick = torch.tensor([[1.0, 2.0], [4.0, 1.0]]), torch.tensor([[1.0, value], [2.0, 3.0]])
     together = [well.clone(), sick.clone()]
     with through(path):
@@ -201,7 +201,7 @@ def test_eps_is_relative_to_the_root_of_the_mean_square() -> None:
 @properties
 @given(shapes, exponents, st.floats(-50, 50), st.sampled_from(["centre", "scale", "zscore"]))
 @pytest.mark.parametrize("path", PATHS)
-def test_every_mode_equals_the_slow_one(
+def test_every_mode_equals_the_slow_reference(
     path: str, shape: tuple[int, ...], exponent: int, offset: float, mode: Mode
 ) -> None:
     gradient = (normal(shape) + offset) * 10.0**exponent
@@ -215,7 +215,7 @@ def test_every_mode_equals_the_slow_one(
 
 @pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_mean_far_beyond_the_spread_leaves_what_the_numbers_still_hold(mean: float, path: str) -> None:
+def test_a_mean_far_beyond_the_spread_keeps_the_remaining_precision(mean: float, path: str) -> None:
     gradient = mean + normal((200, 300))
     result = gradient.clone()
     with through(path):
@@ -236,7 +236,7 @@ def test_the_global_scope_treats_all_tensors_as_one(mode: Mode, path: str) -> No
 
 @pytest.mark.parametrize("mode", ["centre", "scale", "zscore"])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_the_channel_scope_treats_each_output_channel_alone(mode: Mode, dim: int) -> None:
+def test_the_channel_scope_treats_each_output_channel_separately(mode: Mode, dim: int) -> None:
     gradient = normal((4, 6, 3, 3)) * torch.arange(1, 7).view(1, 6, 1, 1)
     result = gradient.clone()
     zscore_([result], scope="channel", mode=mode, channel_dims=[dim])
@@ -244,7 +244,7 @@ def test_the_channel_scope_treats_each_output_channel_alone(mode: Mode, dim: int
         torch.testing.assert_close(found.double(), zscore_reference(channel, EPS, mode), rtol=1e-5, atol=1e-5)
 
 
-def test_channels_of_one_element_pass_through() -> None:
+def test_single_element_channels_pass_through() -> None:
     gradient = normal((7,))
     result = gradient.clone()
     zscore_([result], scope="channel")
@@ -253,7 +253,7 @@ def test_channels_of_one_element_pass_through() -> None:
 
 @pytest.mark.parametrize("exponent", [-45, -38, -30, 0, 30, 38])
 @pytest.mark.parametrize("path", PATHS)
-def test_numbers_of_any_magnitude_are_zscored(exponent: int, path: str) -> None:
+def test_values_of_any_magnitude_are_zscored(exponent: int, path: str) -> None:
     gradient = normal((3000,)).clamp(-3, 3) * 10.0**exponent
     gradient = gradient if exponent > -45 else torch.tensor([1e-45, -1e-45, 0.0, 3e-45] * 50)
     result = gradient.clone()
@@ -263,7 +263,7 @@ def test_numbers_of_any_magnitude_are_zscored(exponent: int, path: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["channels last", "transposed", "every other", "expanded in part"])
-def test_any_layout_in_memory_gives_the_same(kind: str) -> None:
+def test_any_memory_layout_gives_the_same_result(kind: str) -> None:
     gradient = normal((4, 6, 3, 2, 2))
     layouts: dict[str, Callable[[Tensor], Tensor]] = {
         "channels last": lambda g: g.contiguous(memory_format=torch.channels_last_3d),
@@ -282,7 +282,7 @@ def test_a_large_tensor_is_summed_without_losing_digits() -> None:
 
 
 @pytest.mark.parametrize("eps", [-1e-9, math.nan, math.inf])
-def test_an_eps_that_is_negative_or_not_finite_is_refused(eps: float) -> None:
+def test_a_negative_or_non_finite_eps_is_refused(eps: float) -> None:
     with pytest.raises(ValueError, match="eps must be a finite number of at least 0"):
         zscore_([torch.ones(2)], eps)
 
