@@ -68,7 +68,7 @@ FILLS = [-1024, -1, 10, 30000, 3e38, -np.finfo(np.float32).max]
 
 
 @pytest.mark.parametrize("fill", FILLS)
-def test_a_fill_is_background(fill: float) -> None:
+def test_a_fill_value_is_background(fill: float) -> None:
     np.testing.assert_array_equal(cleaned(np.where(brain() == 0, np.float32(fill), brain())), brain())
 
 
@@ -82,7 +82,7 @@ RESIDUES = {
 
 
 @pytest.mark.parametrize("residue", RESIDUES.values(), ids=RESIDUES)
-def test_what_is_almost_0_around_a_brain_is_background(residue: Callable[[], Voxels]) -> None:
+def test_values_near_0_around_a_brain_are_background(residue: Callable[[], Voxels]) -> None:
     np.testing.assert_array_equal(cleaned(brain() + residue()), brain())
 
 
@@ -100,13 +100,13 @@ KEPT = {
 
 
 @pytest.mark.parametrize("image", KEPT.values(), ids=KEPT)
-def test_an_image_without_such_a_background_is_left_alone(image: Callable[[], Voxels]) -> None:
+def test_an_image_without_such_a_background_is_unchanged(image: Callable[[], Voxels]) -> None:
     assert clean_background(image().astype(np.float32)) is None
 
 
 @settings(max_examples=25, deadline=None)
 @given(scale=st.floats(1e-30, 1e30), fill=st.sampled_from([None, -1.0, 0.02]), order=st.permutations(range(3)))
-def test_the_answer_knows_no_unit_and_no_order_of_axes(scale: float, fill: float | None, order: list[int]) -> None:
+def test_the_result_does_not_depend_on_units_or_axis_order(scale: float, fill: float | None, order: list[int]) -> None:
     image = brain().astype(np.float64) / 1200
     image = image + noise(1e-4) * rim() if fill is None else np.where(image == 0, fill, image)
     moved = np.asfortranarray((image * scale).astype(np.float32).transpose(order))
@@ -124,7 +124,7 @@ def test_values_near_0_inside_a_brain_are_tissue(offset: float, scale: float) ->
     np.testing.assert_array_equal(found.voxels[inside], image[inside])
 
 
-def test_0_is_tissue_inside_of_a_brain_on_a_fill() -> None:
+def test_voxels_of_0_inside_a_brain_on_a_fill_value_are_tissue() -> None:
     shifted = np.where(brain() == 0, -1024, brain() - 700).astype(np.float32)
     assert (shifted == 0).any()
     inside = ndimage.binary_erosion(brain() != 0)  # on the rim, an exact 0 touches the background
@@ -133,7 +133,7 @@ def test_0_is_tissue_inside_of_a_brain_on_a_fill() -> None:
 
 
 @pytest.mark.parametrize("fill", [0, -1024])
-def test_rings_of_interpolation_are_background(fill: float) -> None:
+def test_interpolation_ringing_is_background(fill: float) -> None:
     shift = (0.4, 0.3, 0.5)
     image = ndimage.shift(np.where(brain() == 0, np.float32(fill), brain()), shift, order=3, cval=fill)
     there = cleaned(image) != 0
@@ -148,14 +148,14 @@ def test_a_slab_outside_the_field_of_view_is_background() -> None:
     np.testing.assert_array_equal(cleaned(image), brain())
 
 
-def test_the_sentence_names_the_values() -> None:
+def test_the_message_names_the_values() -> None:
     found = clean_background(np.where(brain() == 0, np.float32(-1024), brain()))
     assert found is not None
     count = np.count_nonzero(brain() == 0)
     assert found.sentence == f"the background is -1024, not 0; {count} voxels were taken as 0"
 
 
-def test_a_background_that_is_refused_is_not_judged_further() -> None:
+def test_a_refused_background_is_not_examined_further() -> None:
     image = np.abs(brain() + noise(10)).astype(np.float32)
     seen = digest(Volume(voxels=image, affine=np.eye(4), path=Path("a")))
     assert seen.has_background
@@ -194,7 +194,7 @@ def same(one: Prepared, other: Prepared) -> bool:
     return np.array_equal(one.image, other.image) and one.box == other.box and np.array_equal(one.brain, other.brain)
 
 
-def test_a_case_is_prepared_as_with_a_background_of_0(changed: Path, phantoms: Path) -> None:
+def test_a_case_is_prepared_as_if_its_background_were_0(changed: Path, phantoms: Path) -> None:
     (case,), plain = find_cases(changed), prepare(find_cases(phantoms)[0])
     prepared = prepare(case)
     assert same(prepared, plain)
@@ -203,13 +203,13 @@ def test_a_case_is_prepared_as_with_a_background_of_0(changed: Path, phantoms: P
 
 
 @pytest.mark.filterwarnings("error")
-def test_data_check_notes_it_and_finds_no_more_than_with_a_background_of_0(changed: Path, phantoms: Path) -> None:
+def test_data_check_notes_the_background_and_has_no_other_findings(changed: Path, phantoms: Path) -> None:
     (case,) = check(DataSource(changed)).cases
     assert [(one.kind, one.severity) for one in case.findings[:4]] == [("background", "note")] * 4
     assert case.findings[4:] == check(DataSource(phantoms)).cases[0].findings
 
 
-def test_predict_flags_it_and_answers_as_with_a_background_of_0(
+def test_predict_flags_the_background_and_predicts_as_if_it_were_0(
     changed: Path, phantoms: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     name = find_cases(phantoms)[0].id
@@ -226,7 +226,9 @@ def test_predict_flags_it_and_answers_as_with_a_background_of_0(
     np.testing.assert_array_equal(voxels[0], voxels[1])
 
 
-def test_a_run_keeps_a_record_of_it(phantoms: Path, tiny_settings: list[str], tmp_path: Path, znormseg: Call) -> None:
+def test_a_run_records_a_replaced_background(
+    phantoms: Path, tiny_settings: list[str], tmp_path: Path, znormseg: Call
+) -> None:
     for case in find_cases(phantoms):
         with_background(case.folder, tmp_path / "data", CHANGES["-1024"] if case.id.endswith("0") else lambda v: v)
     words = [word for one in [*tiny_settings, "training.steps=1"] for word in ("--set", one)]
@@ -238,7 +240,7 @@ def test_a_run_keeps_a_record_of_it(phantoms: Path, tiny_settings: list[str], tm
         assert all(set(said) == set(CONTRASTS) for said in record.values())
 
 
-def test_data_export_writes_it_as_0(changed: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_data_export_writes_the_background_as_0(changed: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = find_cases(phantoms)[0]
     ended = znormseg("data", "export", changed, tmp_path / "out", "--format", "csv", "--labels", "brats2021")
     assert ended.code == 0, ended.err
@@ -246,14 +248,14 @@ def test_data_export_writes_it_as_0(changed: Path, phantoms: Path, tmp_path: Pat
     np.testing.assert_array_equal(exported.voxels, read_volume(case.contrasts["t1"]).voxels)
 
 
-def test_scans_on_their_own_grids_are_read_so_too(changed: Path, phantoms: Path) -> None:
+def test_scans_on_their_own_grids_have_their_background_set_to_0(changed: Path, phantoms: Path) -> None:
     from data.native_space.to_brats import read_native
 
     native = read_native(replace(find_cases(changed)[0], label=None))
     assert len(native.backgrounds) == 4
 
 
-def test_no_voxel_of_a_real_case_is_changed(real_cases: Path) -> None:
+def test_no_voxel_of_a_real_case_changes(real_cases: Path) -> None:
     for case in find_cases(real_cases)[::4]:
         for path in case.contrasts.values():
             assert read_image(path).background is None

@@ -43,7 +43,7 @@ conventions = st.sampled_from(list(CONVENTIONS.values()))
 
 @pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=lambda convention: convention.name)
 @pytest.mark.parametrize("read", [decode, decode_tissues])
-def test_bytes_are_decoded_as_other_whole_numbers_are(read: Any, convention: LabelConvention) -> None:
+def test_bytes_are_decoded_like_other_integers(read: Any, convention: LabelConvention) -> None:
     numbers = np.random.default_rng(0).choice(list(convention.codes), (9, 8, 7)).astype(np.uint8)
     np.testing.assert_array_equal(read(numbers, convention), read(numbers.astype(np.int16), convention))
 
@@ -78,31 +78,31 @@ def test_from_regions_undoes_to_regions(codes: Any) -> None:
 
 @properties
 @given(any_masks)
-def test_the_whole_tumour_of_a_label_map_is_that_of_the_masks(masks: Any) -> None:
+def test_whole_tumour_of_a_label_map_equals_that_of_the_masks(masks: Any) -> None:
     np.testing.assert_array_equal(to_regions(from_regions(masks))[0], masks[0])
 
 
 @properties
 @given(any_masks)
-def test_masks_that_are_not_nested_are_cut_to_the_larger_region(masks: Any) -> None:
+def test_non_nested_masks_are_clipped_to_the_larger_region(masks: Any) -> None:
     np.testing.assert_array_equal(to_regions(from_regions(masks)), np.logical_and.accumulate(masks, axis=0))
 
 
 @properties
 @given(code_maps)
-def test_each_region_holds_the_codes_it_is_made_of(codes: Any) -> None:
+def test_each_region_consists_of_its_codes(codes: Any) -> None:
     for region, mask in zip(REGIONS, to_regions(codes), strict=True):
         np.testing.assert_array_equal(mask, np.isin(codes, region_codes(region)))
 
 
-def test_the_numbers_of_both_conventions_are_those_of_brats() -> None:
+def test_both_conventions_use_the_label_numbers_of_brats() -> None:
     codes = np.array([BACKGROUND, NECROSIS, OEDEMA, ENHANCING], dtype=np.uint8)
     assert encode(codes, BRATS2021).tolist() == [0, 1, 2, 4]
     assert encode(codes, BRATS2023).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float32, np.float64])
-def test_decode_gives_uint8_codes_for_whole_numbers_of_any_dtype(dtype: Any) -> None:
+def test_decode_returns_uint8_codes_for_whole_numbers_of_any_dtype(dtype: Any) -> None:
     codes = decode(np.array([[0, 4], [2, 1]], dtype=dtype), BRATS2021)
     assert codes.dtype == np.uint8
     assert codes.tolist() == [[0, 3], [2, 1]]
@@ -122,20 +122,20 @@ def test_decode_gives_uint8_codes_for_whole_numbers_of_any_dtype(dtype: Any) -> 
         ([], "brats2023", BRATS2023),
     ],
 )
-def test_the_enhancing_number_decides_the_convention_and_else_the_file_names(
+def test_the_enhancing_label_decides_the_convention_and_otherwise_the_file_names(
     values: list[int], naming: Any, expected: LabelConvention
 ) -> None:
     assert decide_convention(values, naming=naming) is expected
 
 
 @pytest.mark.parametrize("naming", [None, "brats2021", "brats2023"])
-def test_3_and_4_together_are_refused(naming: Any) -> None:
+def test_labels_3_and_4_together_are_refused(naming: Any) -> None:
     with pytest.raises(DataError, match="3 and 4 occur together"):
         decide_convention([0, 1, 2, 3, 4], naming=naming)
 
 
 @pytest.mark.parametrize("values", [[0, 1, 5], [-1, 0], [0, 4, 255]])
-def test_numbers_of_no_convention_are_refused_by_name(values: list[int]) -> None:
+def test_numbers_outside_every_convention_are_refused_and_named(values: list[int]) -> None:
     foreign = next(value for value in values if value not in range(5))
     with pytest.raises(DataError, match=rf"label values \[{foreign}\] belong to no known convention"):
         decide_convention(values)
@@ -168,7 +168,7 @@ def test_decode_names_the_values_it_refuses(values: list[float], convention: Lab
         ("msd", {1, 2, 3}, {2, 3}, {3}),
     ],
 )
-def test_the_regions_of_every_convention_are_those_of_its_challenge(
+def test_every_convention_has_the_regions_of_its_challenge(
     convention: str, whole: set[int], core: set[int], enhancing: set[int]
 ) -> None:
     numbers = np.array(sorted(CONVENTIONS[convention].codes), dtype=np.uint8)
@@ -178,7 +178,7 @@ def test_the_regions_of_every_convention_are_those_of_its_challenge(
 
 @properties
 @given(shapes, conventions, st.data())
-def test_numbers_that_are_read_and_not_written_keep_their_region(
+def test_read_only_label_numbers_keep_their_region(
     shape: Any, convention: LabelConvention, data: st.DataObject
 ) -> None:
     label_map = data.draw(hnp.arrays(np.uint8, shape, elements=st.sampled_from(sorted(convention.codes))))
@@ -206,7 +206,9 @@ def test_a_family_of_data_sets_has_its_own_numbers(values: list[int], naming: Na
 
 @pytest.mark.parametrize("values", [[1], [2], [1, 2], [3], [1, 2, 3]])
 @pytest.mark.parametrize("naming", [None, "brats2021"])
-def test_outside_of_case_folders_a_3_or_no_4_is_not_guessed_at(values: list[int], naming: Naming | None) -> None:
+def test_outside_case_folders_a_3_or_the_lack_of_a_4_does_not_decide_the_convention(
+    values: list[int], naming: Naming | None
+) -> None:
     if naming is None or 3 in values:
         with pytest.raises(DataError, match=r"--labels: brats2023 .* msd"):
             decide_convention(values, naming=naming, case_folders=False)
@@ -231,7 +233,7 @@ def test_outside_of_case_folders_a_3_or_no_4_is_not_guessed_at(values: list[int]
         ({}, None),
     ],
 )
-def test_names_of_labels_tell_their_convention_or_nothing(
+def test_label_names_determine_the_convention_or_nothing(
     names: dict[str, tuple[int, ...]], expected: str | None
 ) -> None:
     found = convention_of_names(names)

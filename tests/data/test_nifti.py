@@ -139,7 +139,7 @@ def test_a_label_map_is_uint8_and_reads_back_the_same(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_label_map(tmp_path / "labels.nii.gz").voxels, numbered())
 
 
-def test_nothing_of_the_references_free_text_goes_into_a_label_map(tmp_path: Path) -> None:
+def test_free_text_of_the_reference_is_not_copied_into_a_label_map(tmp_path: Path) -> None:
     source = reference(tmp_path / "reference.nii", (1, 1), LPS)
     write_label_map(tmp_path / "labels.nii", numbered(), source)
     assert b"patient" in source.read_bytes()
@@ -153,7 +153,7 @@ def test_a_reference_with_a_trailing_axis_of_length_one_gives_a_3d_label_map(tmp
     assert nib.Nifti1Image.from_filename(tmp_path / "labels.nii").shape == SHAPE
 
 
-def test_labels_of_another_shape_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+def test_labels_of_another_shape_are_refused_without_writing(tmp_path: Path) -> None:
     source = save(tmp_path / "reference.nii", np.ones(SHAPE, dtype=np.float32))
     with pytest.raises(DataError, match=r"reference\.nii: its grid has 4x5x6 voxels, the array to be written 6x5x4"):
         write_label_map(tmp_path / "labels.nii", numbered(SHAPE[::-1]), source)
@@ -170,21 +170,21 @@ def test_to_native_order_undoes_reorient_for_every_axis_order(order: tuple[tuple
 
 @properties
 @given(st.sampled_from(AXIS_ORDERS), st.integers(-40, 40), st.integers(0, 2), st.integers(0, 4 * 5 * 6 - 1))
-def test_reorient_leaves_a_voxel_where_it_is_in_the_world(order: Any, degrees: int, axis: int, marked: int) -> None:
+def test_reorient_keeps_the_world_position_of_a_voxel(order: Any, degrees: int, axis: int, marked: int) -> None:
     native = volume(numbered(), rotation(degrees, axis) @ axis_affine(order))
     canonical = reorient(native)
     places = [v.affine @ [*np.argwhere(v.voxels == marked)[0], 1] for v in (native, canonical)]
     np.testing.assert_allclose(places[0], places[1], atol=1e-9)
 
 
-def test_reorient_interpolates_nothing_and_leaves_lps_alone() -> None:
+def test_reorient_does_not_interpolate_and_leaves_lps_unchanged() -> None:
     np.testing.assert_array_equal(reorient(volume(numbered())).voxels, numbered())
     turned = reorient(volume(numbered(), axis_affine(AXIS_ORDERS[21])))
     assert sorted(turned.voxels.ravel()) == sorted(numbered().ravel())
 
 
 @pytest.mark.parametrize("order", AXIS_ORDERS[::5], ids=str)
-def test_canonical_spacing_is_the_spacing_after_reorient(order: tuple[tuple[int, int], ...]) -> None:
+def test_canonical_spacing_equals_the_spacing_after_reorient(order: tuple[tuple[int, int], ...]) -> None:
     native = volume(numbered(), rotation(10, 0) @ axis_affine(order))
     assert canonical_spacing(native.affine) == pytest.approx(reorient(native).spacing_mm)
     assert spacing_of(native.affine) == pytest.approx((0.8, 1.0, 3.0))
@@ -207,27 +207,27 @@ def moved(affine: Affine, *offset_mm: float) -> Affine:
     ],
     ids=["x", "y", "z", "spacing", "flip"],
 )
-def test_the_difference_of_two_grids_is_put_in_words(other: Affine, words: str) -> None:
+def test_the_difference_between_two_grids_is_described_in_words(other: Affine, words: str) -> None:
     assert grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros(SHAPE), other)) == words
 
 
-def test_a_difference_of_shape_is_told_in_voxels() -> None:
+def test_a_difference_in_shape_is_reported_in_voxels() -> None:
     words = grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros((4, 5, 7))))
     assert words == "shape 4x5x6 against 4x5x7 voxels"
 
 
-def test_a_rotation_is_no_difference_of_origin() -> None:
+def test_a_rotation_is_not_reported_as_a_difference_of_origin() -> None:
     words = grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros(SHAPE), rotation(5, 2) @ LPS))
     assert words is not None
     assert words.startswith("the grids differ by 0.")
 
 
 @pytest.mark.parametrize("other", [LPS, moved(LPS, 0.009, -0.009, 0.0), rotation(0.05, 2) @ LPS])
-def test_grids_that_agree_to_a_hundredth_of_a_millimetre_are_the_same(other: Affine) -> None:
+def test_grids_that_agree_within_a_hundredth_of_a_millimetre_are_the_same(other: Affine) -> None:
     assert grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros(SHAPE), other)) is None
 
 
-def test_a_small_rotation_counts_where_the_grid_is_large() -> None:
+def test_a_small_rotation_matters_on_a_large_grid() -> None:
     large = np.zeros((240, 240, 1))
     assert grid_difference(volume(large), volume(large, rotation(0.05, 2) @ LPS)) is not None
 
@@ -252,7 +252,7 @@ def test_volumes_of_every_real_type_are_read(tmp_path: Path, dtype: Any) -> None
 @pytest.mark.parametrize("sides", [(64, 64, 31), (64, 64, 32), (127, 63, 33)])
 @pytest.mark.parametrize("dtype", ["u1", "<i2", ">i2", "<u4", ">i8", "<f4", ">f8"])
 @pytest.mark.parametrize("scaling", [(1, 0), (0.37, -5.5)])
-def test_a_compressed_volume_is_bit_for_bit_what_nibabel_reads(
+def test_a_compressed_volume_reads_bit_for_bit_as_in_nibabel(
     tmp_path: Path, sides: tuple[int, ...], dtype: str, scaling: tuple[float, float]
 ) -> None:
     stored = np.random.default_rng(0).integers(0, 120, sides).astype(dtype)
@@ -265,7 +265,7 @@ def test_a_compressed_volume_is_bit_for_bit_what_nibabel_reads(
 
 @properties
 @given(cut=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 9))
-def test_a_compressed_volume_cut_short_anywhere_is_refused(
+def test_a_compressed_volume_truncated_anywhere_is_refused(
     tmp_path_factory: pytest.TempPathFactory, cut: float, seed: int
 ) -> None:
     path = save(tmp_path_factory.mktemp("cut") / "a.nii.gz", np.random.default_rng(seed).random((20, 20, 20)))
@@ -276,7 +276,7 @@ def test_a_compressed_volume_cut_short_anywhere_is_refused(
 
 @properties
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_among_compressed_voxels_is_refused(
+def test_a_flipped_bit_in_compressed_voxels_is_refused(
     tmp_path_factory: pytest.TempPathFactory, place: float, bit: int
 ) -> None:
     path = save(tmp_path_factory.mktemp("bit") / "a.nii.gz", np.random.default_rng(0).random((20, 20, 20)))
@@ -287,13 +287,13 @@ def test_a_flipped_bit_among_compressed_voxels_is_refused(
         read_volume(path)
 
 
-def test_a_volume_compressed_in_several_pieces_is_read_whole(tmp_path: Path) -> None:
+def test_a_volume_compressed_in_several_gzip_members_is_read_completely(tmp_path: Path) -> None:
     content = nib.Nifti1Image(np.tile(numbered((4, 4, 4)), (9, 9, 9)), LPS).to_bytes()
     (tmp_path / "a.nii.gz").write_bytes(b"".join(gzip.compress(content[k : k + 7000]) for k in range(0, 99999, 7000)))
     np.testing.assert_array_equal(read_volume(tmp_path / "a.nii.gz").voxels, np.tile(numbered((4, 4, 4)), (9, 9, 9)))
 
 
-def test_a_label_map_is_no_larger_than_zlib_makes_it_and_the_same_each_time(tmp_path: Path) -> None:
+def test_a_label_map_is_no_larger_than_with_zlib_and_reproducible(tmp_path: Path) -> None:
     ball = (np.indices((60, 60, 60)) - 30) ** 2
     labels = np.digitize(-ball.sum(axis=0), (-600, -300, -100)).astype(np.uint8)
     source = save(tmp_path / "reference.nii.gz", np.ones(labels.shape, dtype=np.float32))
@@ -381,14 +381,14 @@ bad_files = pytest.mark.parametrize(("make", "words"), list(BAD_FILES.values()),
 
 @bad_files
 @pytest.mark.parametrize("read", [read_volume, read_label_map])
-def test_a_bad_file_is_refused_by_name_and_reason(tmp_path: Path, make: Any, words: str, read: Any) -> None:
+def test_a_bad_file_is_refused_with_its_name_and_the_reason(tmp_path: Path, make: Any, words: str, read: Any) -> None:
     path = tmp_path / "sub-1_t1.nii.gz"
     make(path)
     with pytest.raises(DataError, match=rf"^{tmp_path}/sub-1_t1\.nii\.gz: .*({words})"):
         read(path)
 
 
-def test_the_checksum_of_a_4d_file_counts_whichever_volume_is_read(tmp_path: Path) -> None:
+def test_the_checksum_of_a_4d_file_is_verified_for_any_volume(tmp_path: Path) -> None:
     path = tmp_path / "four.nii.gz"
     voxels = np.random.default_rng(0).standard_normal((64, 64, 64, 4)).astype(np.float32)
     save(path, voxels)
@@ -401,7 +401,7 @@ def test_the_checksum_of_a_4d_file_counts_whichever_volume_is_read(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "4D", "colour", "huge", "no voxels", "no place", "sheared"])
-def test_the_header_alone_shows_what_is_bad_about_a_grid(tmp_path: Path, name: str) -> None:
+def test_a_bad_grid_is_detected_from_the_header_alone(tmp_path: Path, name: str) -> None:
     make, words = BAD_FILES[name]
     make(tmp_path / "a.nii.gz")
     with pytest.raises(DataError, match=rf"a\.nii\.gz: .*({words})"):
@@ -417,7 +417,7 @@ def test_a_bad_reference_is_refused_before_anything_is_written(tmp_path: Path, n
     assert not (tmp_path / "labels.nii.gz").exists()
 
 
-def test_an_uncompressed_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_uncompressed_file_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii", np.ones((20, 20, 20), dtype=np.float32))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"a\.nii: "):
@@ -431,20 +431,20 @@ def test_another_format_is_refused_with_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "a.nii", np.ones(SHAPE, dtype=np.float32)).chmod(0)
     with pytest.raises(DataError, match=r"a\.nii: no permission to read it"):
         read_volume(tmp_path / "a.nii")
 
 
 @pytest.mark.parametrize("value", [0.5, -1.0, 256.0, 1e9])
-def test_a_label_map_with_other_than_small_whole_numbers_is_refused(tmp_path: Path, value: float) -> None:
+def test_a_label_map_may_only_contain_small_whole_numbers(tmp_path: Path, value: float) -> None:
     path = save(tmp_path / "seg.nii.gz", np.array([0, 1, value], dtype=np.float32).reshape(3, 1, 1))
     with pytest.raises(DataError, match=r"seg\.nii\.gz: label values must be whole numbers from 0 to 255"):
         read_label_map(path)
 
 
-def test_whole_numbers_stored_as_floats_make_a_label_map(tmp_path: Path) -> None:
+def test_whole_numbers_stored_as_floats_are_a_valid_label_map(tmp_path: Path) -> None:
     labels = read_label_map(save(tmp_path / "seg.nii", numbered().astype(np.float64))).voxels
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, numbered())
@@ -470,7 +470,7 @@ def test_label_values_within_a_hundredth_of_whole_numbers_are_rounded(
     assert [record.message for record in caplog.records] == [f"{path}: {found.rounded}"]
 
 
-def test_the_values_that_a_label_map_may_not_have_are_named_with_the_remedy(tmp_path: Path) -> None:
+def test_invalid_label_values_are_named_with_the_remedy(tmp_path: Path) -> None:
     path = save(tmp_path / "seg.nii", np.array([0, 1.004, 1.02, 2.5], dtype=np.float32).reshape(4, 1, 1))
     with pytest.raises(DataError, match=r"this file has 1\.02, 2\.5\. .*save it again as whole numbers"):
         read_label_map(path)
@@ -485,7 +485,7 @@ def test_rounding_gives_the_nearest_label(pairs: list[tuple[int, float]]) -> Non
 
 
 @pytest.mark.parametrize("name", ["seg.nii", "seg.nii.gz"])
-def test_a_label_map_of_bytes_holds_what_the_same_numbers_as_floats_hold(tmp_path: Path, name: str) -> None:
+def test_a_label_map_of_bytes_equals_the_same_numbers_as_floats(tmp_path: Path, name: str) -> None:
     stored = np.random.default_rng(0).integers(0, 256, (31, 20, 17)).astype(np.uint8)
     found = read_label_map(save(tmp_path / name, stored))
     np.testing.assert_array_equal(found.voxels, stored)
@@ -494,7 +494,7 @@ def test_a_label_map_of_bytes_holds_what_the_same_numbers_as_floats_hold(tmp_pat
     np.testing.assert_array_equal(found.affine, as_floats.affine)
 
 
-def test_scaled_bytes_of_a_label_map_are_scaled(tmp_path: Path) -> None:
+def test_slope_and_intercept_apply_to_a_label_map_of_bytes(tmp_path: Path) -> None:
     image = nib.Nifti1Image(numbered().astype(np.uint8) // 2, LPS)
     image.header.set_slope_inter(2, 0)
     nib.save(image, tmp_path / "seg.nii.gz")
@@ -503,7 +503,7 @@ def test_scaled_bytes_of_a_label_map_are_scaled(tmp_path: Path) -> None:
 
 @properties
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_label_map_of_bytes_that_is_cut_or_flipped_is_refused(
+def test_a_truncated_or_corrupted_label_map_of_bytes_is_refused(
     tmp_path_factory: pytest.TempPathFactory, place: float, bit: int
 ) -> None:
     labels = np.random.default_rng(0).integers(0, 4, (20, 20, 20)).astype(np.uint8)
@@ -516,7 +516,7 @@ def test_a_label_map_of_bytes_that_is_cut_or_flipped_is_refused(
             read_label_map(path)
 
 
-def test_replacing_puts_the_new_file_in_place_of_the_old(tmp_path: Path) -> None:
+def test_replacing_swaps_the_new_file_for_the_old(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with replacing(path) as beside:
@@ -533,7 +533,7 @@ def fail_half_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [None, "old"])
-def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path: Path, before: str | None) -> None:
+def test_a_failed_write_leaves_everything_unchanged(tmp_path: Path, before: str | None) -> None:
     path = tmp_path / "a.txt"
     if before is not None:
         path.write_text(before)
@@ -542,7 +542,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path: Path, before: 
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({} if before is None else {"a.txt": before})
 
 
-def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path: Path) -> None:
+def test_a_symlink_stays_a_symlink_and_its_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     target = tmp_path / "elsewhere" / "a.csv"
     target.write_text("old")
@@ -562,7 +562,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     os.close(reader)
 
 
-def test_the_path_to_write_to_keeps_the_ending_and_the_folder(tmp_path: Path) -> None:
+def test_the_temporary_path_keeps_the_extension_and_the_folder(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.nii.gz") as beside:
         beside.touch()
     assert beside.parent == tmp_path
@@ -585,7 +585,7 @@ def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize(("name", "packed"), [("a.nii", False), ("a.nii.gz", True)])
-def test_a_name_that_is_right_misleads_nobody(tmp_path: Path, name: str, packed: bool) -> None:
+def test_a_correct_file_name_is_not_reported_as_misleading(tmp_path: Path, name: str, packed: bool) -> None:
     content = nib.Nifti1Image(numbered(), LPS).to_bytes()
     (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
     assert nifti.name_misleads(tmp_path / name) is None
@@ -602,13 +602,13 @@ def test_a_name_that_is_right_misleads_nobody(tmp_path: Path, name: str, packed:
         (bytes(128) + b"DICM" + bytes(400), "a DICOM file"),
     ],
 )
-def test_what_a_file_is_that_is_no_nifti_is_told(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_the_format_of_a_non_nifti_file_is_reported(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"a\.nii.*: {words}"):
         read_volume(tmp_path / name)
 
 
-def test_a_packed_file_named_nii_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_compressed_file_named_nii_is_refused(tmp_path: Path) -> None:
     content = gzip.compress(nib.Nifti1Image(numbered(), LPS).to_bytes())
     (tmp_path / "a.nii").write_bytes(content[:-12])
     with pytest.raises(DataError, match="damaged or cut short"):
@@ -619,14 +619,14 @@ def test_a_packed_file_named_nii_that_is_cut_short_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("stem", ["x" * 248, "\u00e4" * 124, "a"])
-def test_a_file_with_the_longest_name_there_may_be_is_written(tmp_path: Path, stem: str) -> None:
+def test_a_file_with_the_longest_possible_name_is_written(tmp_path: Path, stem: str) -> None:
     path = tmp_path / f"{stem}.nii.gz"
     write_label_map(path, numbered(), save(tmp_path / "reference.nii.gz", numbered()))
     np.testing.assert_array_equal(read_label_map(path).voxels, numbered())
 
 
 @pytest.mark.parametrize("name", ["x" * 143, "x" * 100 + ".nii.gz", "\u00e4" * 60 + ".json", "x." + "y" * 200])
-def test_a_name_beside_is_no_longer_than_the_name_and_keeps_its_ending(name: str) -> None:
+def test_a_temporary_name_is_no_longer_than_the_name_and_keeps_its_extension(name: str) -> None:
     beside = partial_name(partial_prefix(4_194_303), name)
     assert len(os.fsencode(beside)) <= len(os.fsencode(name))
     assert beside.endswith(".nii.gz") == name.endswith(".nii.gz")
@@ -637,7 +637,7 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(nifti).failed == 0
 
 
-def test_one_volume_of_a_4d_file_is_read_alone(tmp_path: Path) -> None:
+def test_a_single_volume_of_a_4d_file_can_be_read(tmp_path: Path) -> None:
     voxels = np.stack([numbered(), 7 * numbered()], axis=3).astype(np.float32)
     for name in ("a.nii", "a.nii.gz"):
         path = save(tmp_path / name, voxels)
@@ -646,7 +646,7 @@ def test_one_volume_of_a_4d_file_is_read_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("shape", "volume"), [((*SHAPE, 2), 2), (SHAPE, 0), ((*SHAPE, 2, 1), 0)])
-def test_a_volume_that_is_not_in_the_file_is_refused_with_its_shape(
+def test_a_volume_index_out_of_range_is_refused_with_the_shape_of_the_file(
     tmp_path: Path, shape: tuple[int, ...], volume: int
 ) -> None:
     path = save(tmp_path / "a.nii.gz", np.ones(shape, dtype=np.float32))
@@ -664,7 +664,7 @@ def test_a_label_map_on_the_grid_of_a_4d_file_is_3d(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0, 32767.0], [0.0, 0.5, -3.25], [0.0, 1.0, 40000.0], [0.0, 1e30, 1.0]])
-def test_an_image_that_is_written_holds_the_values_that_it_was_given(tmp_path: Path, values: list[float]) -> None:
+def test_a_written_image_contains_the_given_values(tmp_path: Path, values: list[float]) -> None:
     source = save(tmp_path / "reference.nii.gz", np.ones((3, 1, 1), dtype=np.uint8))
     voxels = np.array(values, dtype=np.float32).reshape(3, 1, 1)
     write_image(tmp_path / "image.nii.gz", voxels, source)

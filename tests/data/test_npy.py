@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.npy"
 
 
-def test_each_way_gives_the_array_of_the_file(path: Path) -> None:
+def test_every_way_of_reading_gives_the_array_of_the_file(path: Path) -> None:
     for array in (load_npy(path, "r"), load_npy(path, None), parse_npy(path.read_bytes())):
         assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
 
@@ -44,7 +44,7 @@ def test_headers_are_parsed_one_at_a_time_in_threads(path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("length", [0, 5, -1])
-def test_content_that_is_cut_short_is_refused(path: Path, length: int) -> None:
+def test_truncated_content_is_refused(path: Path, length: int) -> None:
     with pytest.raises(ValueError, match="EOF"):
         parse_npy(path.read_bytes()[:length])
 

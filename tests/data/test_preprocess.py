@@ -87,7 +87,9 @@ def assert_same(one: Prepared, other: Prepared) -> None:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("spacing_mm", [None, (2.0, 2.0, 2.0)])
-def test_a_head_stored_in_any_axis_order_is_prepared_the_same(tmp_path: Path, order: str, spacing_mm: Any) -> None:
+def test_the_axis_order_of_the_files_does_not_change_a_prepared_case(
+    tmp_path: Path, order: str, spacing_mm: Any
+) -> None:
     canonical, stored = (
         prepare(write_case(tmp_path, o), spacing_mm=spacing_mm, convention=BRATS2021) for o in ("LPS", order)
     )
@@ -95,7 +97,7 @@ def test_a_head_stored_in_any_axis_order_is_prepared_the_same(tmp_path: Path, or
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_label_map_goes_back_to_the_grid_of_its_files(tmp_path: Path, order: str) -> None:
+def test_a_label_map_is_mapped_back_to_the_grid_of_its_files(tmp_path: Path, order: str) -> None:
     case = write_case(tmp_path, order)
     prepared = prepare(case, convention=BRATS2021)
     assert prepared.codes is not None
@@ -104,7 +106,7 @@ def test_a_label_map_goes_back_to_the_grid_of_its_files(tmp_path: Path, order: s
     np.testing.assert_array_equal(to_native_grid(prepared.codes, prepared), decode(stored, BRATS2021))
 
 
-def test_channels_come_in_the_order_of_the_contrasts_cut_to_the_brain(tmp_path: Path) -> None:
+def test_channels_follow_the_contrast_order_and_are_cropped_to_the_brain(tmp_path: Path) -> None:
     prepared = prepare(write_case(tmp_path))
     assert CONTRASTS == ("t1", "t1c", "t2", "flair")
     images: Any = head()[0]
@@ -112,7 +114,7 @@ def test_channels_come_in_the_order_of_the_contrasts_cut_to_the_brain(tmp_path: 
         np.testing.assert_array_equal(channel, zscore_nonzero(images[contrast][BOX]))
 
 
-def test_what_was_prepared_says_where_it_was_cut(tmp_path: Path) -> None:
+def test_a_prepared_case_records_its_crop(tmp_path: Path) -> None:
     prepared = prepare(write_case(tmp_path))
     assert (prepared.box, prepared.box_shape, prepared.canonical_shape) == (BOX, SIDES, SHAPE)
     assert prepared.spacing_mm == pytest.approx((0.9, 1.1, 2.0))
@@ -120,7 +122,7 @@ def test_what_was_prepared_says_where_it_was_cut(tmp_path: Path) -> None:
     assert prepared.codes is None
 
 
-def test_the_brain_holds_every_voxel_that_is_not_0_in_the_files(tmp_path: Path) -> None:
+def test_the_brain_contains_every_nonzero_voxel_of_the_files(tmp_path: Path) -> None:
     case, brain = write_case(tmp_path), np.zeros(SHAPE, dtype=bool)
     for number, contrast in enumerate(CONTRASTS):
         voxels = np.zeros(SHAPE, dtype=np.float32)
@@ -140,13 +142,13 @@ def test_another_spacing_changes_image_and_codes_but_not_the_box(tmp_path: Path)
     assert (prepared.box_shape, prepared.brain.shape, prepared.spacing_mm) == (SIDES, SIDES, (1.8, 2.2, 1.0))
 
 
-def test_a_spacing_within_two_percent_leaves_the_voxels_alone(tmp_path: Path) -> None:
+def test_a_spacing_within_two_percent_causes_no_resampling(tmp_path: Path) -> None:
     case = write_case(tmp_path)
     prepared = prepare(case, spacing_mm=(0.91, 1.09, 2.03), convention=BRATS2021)
     assert_same(prepared, prepare(case, convention=BRATS2021))
 
 
-def test_contrasts_keep_their_own_scale_out_of_the_result(tmp_path: Path) -> None:
+def test_the_intensity_scale_of_a_contrast_does_not_affect_the_result(tmp_path: Path) -> None:
     case = write_case(tmp_path)
     scaled = replace_contrast(case, "t2", store(tmp_path / "scaled.nii", 8 * head()[0]["t2"]))
     np.testing.assert_allclose(prepare(scaled).image, prepare(case).image, atol=1e-6)
@@ -154,7 +156,7 @@ def test_contrasts_keep_their_own_scale_out_of_the_result(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
 @pytest.mark.parametrize(("axis", "name"), [(0, "right-left"), (1, "anterior-posterior"), (2, "inferior-superior")])
-def test_a_contrast_on_another_grid_is_refused_with_the_gap(
+def test_a_contrast_on_another_grid_is_refused_with_the_distance(
     tmp_path: Path, contrast: Contrast, axis: int, name: str
 ) -> None:
     case, affine = write_case(tmp_path), LPS.copy()
@@ -177,13 +179,13 @@ def test_a_label_map_on_another_grid_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_a_contrast_of_zeros_is_refused_by_name(tmp_path: Path, contrast: Contrast) -> None:
+def test_a_contrast_of_zeros_is_refused_and_named(tmp_path: Path, contrast: Contrast) -> None:
     empty = store(tmp_path / "empty.nii", np.zeros(SHAPE, dtype=np.float32))
     with pytest.raises(DataError, match=rf"case a, contrast {contrast}: \S+empty\.nii: every voxel is 0"):
         prepare(replace_contrast(write_case(tmp_path), contrast, empty))
 
 
-def test_a_missing_label_map_is_refused_only_where_labels_are_wanted(tmp_path: Path) -> None:
+def test_a_missing_label_map_is_refused_only_if_labels_are_needed(tmp_path: Path) -> None:
     case = dataclasses.replace(write_case(tmp_path), label=None)
     assert prepare(case).codes is None
     with pytest.raises(DataError, match="case a: no label map"):
@@ -222,7 +224,7 @@ def test_a_contrast_without_spread_becomes_0(value: float) -> None:
 
 @properties
 @given(hnp.arrays(np.bool_, small), st.permutations(range(3)), st.sampled_from([1, -1]))
-def test_the_smallest_box_holds_all_that_is_marked_and_touches_it_on_every_side(
+def test_the_bounding_box_contains_the_whole_mask_and_touches_it_on_every_side(
     mask: Any, order: Any, step: int
 ) -> None:
     mask = mask.transpose(order)[::step]
@@ -233,7 +235,7 @@ def test_the_smallest_box_holds_all_that_is_marked_and_touches_it_on_every_side(
 
 @properties
 @given(hnp.arrays(np.float32, (2, 5, 4, 6), elements=st.sampled_from([0, 0, 0, 0, 1, -1])))
-def test_the_brain_box_is_the_smallest_that_holds_all(image: Any) -> None:
+def test_the_brain_box_is_the_smallest_one_around_all_contrasts(image: Any) -> None:
     if image.any():
         box = smallest_box((image != 0).any(axis=0))
         assert np.count_nonzero(image[:, *box]) == np.count_nonzero(image)
@@ -280,20 +282,20 @@ def test_resampling_covers_the_same_box(axis: int, side: int) -> None:
 
 @properties
 @given(small, st.tuples(*[st.floats(0.3, 5)] * 3), st.tuples(*[st.floats(0.3, 5)] * 3))
-def test_the_resampled_extent_is_off_by_half_a_voxel_at_most(shape: Any, own: Any, target: Any) -> None:
+def test_the_resampled_extent_is_off_by_at_most_half_a_voxel(shape: Any, own: Any, target: Any) -> None:
     for before, after, a, b in zip(shape, resampled_shape(shape, own, target), own, target, strict=True):
         assert after == 1 or abs(after * b - before * a) <= b / 2 + 1e-9
 
 
 @properties
 @given(hnp.arrays(np.uint8, small, elements=st.integers(0, 3)))
-def test_codes_resampled_to_the_same_shape_are_the_same(codes: Any) -> None:
+def test_resampling_codes_to_the_same_shape_changes_nothing(codes: Any) -> None:
     np.testing.assert_array_equal(resample_codes(codes, codes.shape), codes)
 
 
 @properties
 @given(hnp.arrays(np.uint8, small, elements=st.integers(0, 3)), sides)
-def test_resampled_codes_make_nested_regions_of_known_codes(codes: Any, target: tuple[int, int, int]) -> None:
+def test_resampled_codes_are_known_codes_with_nested_regions(codes: Any, target: tuple[int, int, int]) -> None:
     resampled = resample_codes(codes, target)
     whole, core, enhancing = to_regions(resampled)
     assert (resampled.shape, resampled.dtype) == (target, np.uint8)
@@ -302,18 +304,18 @@ def test_resampled_codes_make_nested_regions_of_known_codes(codes: Any, target: 
     assert resampled.max() <= 3
 
 
-def test_a_mixture_of_tissues_stays_tumour_where_voxels_grow() -> None:
+def test_mixed_tissues_stay_tumour_when_voxels_get_larger() -> None:
     codes = np.indices((8, 8, 8)).sum(axis=0).astype(np.uint8) % 3 + 1
     assert resample_codes(codes, (4, 4, 4)).all()
 
 
-def test_finer_codes_are_those_of_the_voxel_they_lie_in() -> None:
+def test_finer_voxels_get_the_code_of_the_voxel_they_are_in() -> None:
     codes = np.random.default_rng(0).integers(0, 4, (3, 3, 3)).astype(np.uint8)
     finer = resample_codes(codes.repeat(3, 0).repeat(3, 1).repeat(3, 2), (27, 27, 27))
     np.testing.assert_array_equal(finer[4::9, 4::9, 4::9], codes)
 
 
-def test_outside_of_the_box_is_background(tmp_path: Path) -> None:
+def test_everything_outside_the_box_is_background(tmp_path: Path) -> None:
     prepared = prepare(write_case(tmp_path))
     native = to_native_grid(np.full(SIDES, 3, dtype=np.uint8), prepared)
     assert (native.shape, native.sum()) == (SHAPE, 3 * np.prod(SIDES))
@@ -324,7 +326,7 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(preprocess).failed == 0
 
 
-def test_a_very_large_volume_is_scaled_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_large_volume_is_normalised_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     voxels = np.random.default_rng(0).normal(5, 3, (24, 10, 10)).astype(np.float32)
     voxels[:8] = 0
     whole = zscore_nonzero(voxels)

@@ -70,7 +70,9 @@ def test_a_check_of_every_layout_finds_nothing_wrong(render: Render, tmp_path: P
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_label_maps_of_every_layout_are_found_alone(render: Render, tmp_path: Path, layout: str) -> None:
+def test_the_label_maps_of_every_layout_are_found_without_the_images(
+    render: Render, tmp_path: Path, layout: str
+) -> None:
     given = render(tmp_path, layout)
     cases = find_label_cases(given.root)
     maps = {case_id: case.label for case_id, case in cases.items()}
@@ -88,7 +90,7 @@ def test_one_case_prepared_from_msd_and_from_2023_is_the_same(render: Render, tm
     np.testing.assert_array_equal(prepared[0].codes, prepared[1].codes)
 
 
-def test_the_cavity_of_2024_is_in_no_region(render: Render, tmp_path: Path) -> None:
+def test_the_resection_cavity_of_2024_belongs_to_no_region(render: Render, tmp_path: Path) -> None:
     given = render(tmp_path, "2024 GLI")
     (case, *_) = cases = find_cases(given.root)
     assert case.label is not None
@@ -100,14 +102,14 @@ def test_the_cavity_of_2024_is_in_no_region(render: Render, tmp_path: Path) -> N
 # Ambiguous data sets
 
 
-def test_a_flat_folder_whose_names_tell_nothing_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
+def test_a_flat_folder_with_uninformative_names_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
     cases = find_cases(render(tmp_path, "flat").root)
     with pytest.raises(DataError, match=r"values 1, 2, 3 .*--labels: brats2023 .*msd .*Seen: 1 in a.* 3 in a"):
         convention_of(cases)
     assert convention_of(cases, labels="msd").name == "msd"
 
 
-def test_a_manifest_without_a_word_on_labels_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
+def test_a_manifest_that_does_not_describe_labels_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
     manifest = render(tmp_path, "manifest").root
     manifest.write_text(manifest.read_text().replace(",msd,", ",,"))
     with pytest.raises(DataError, match=r"--labels: brats2023 .*msd"):
@@ -115,7 +117,7 @@ def test_a_manifest_without_a_word_on_labels_is_refused_with_the_flag(render: Re
 
 
 @pytest.mark.parametrize("labels", [None, {"background": 0, "a": 1, "b": 2, "c": 3}, {"tumour": 1}, [1, 2], 3])
-def test_nnunet_raw_without_names_of_tissues_is_refused_with_the_flag(
+def test_nnunet_raw_without_tissue_names_is_refused_with_the_flag(
     render: Render, tmp_path: Path, labels: object
 ) -> None:
     cases = find_cases(describe(render(tmp_path, "nnU-Net").root, labels=labels))
@@ -133,7 +135,7 @@ def test_nnunet_raw_without_names_of_tissues_is_refused_with_the_flag(
         ("nnU-Net labels", {2: 4}, "are not in brats2023, the convention stated by the data set's description"),
     ],
 )
-def test_values_that_do_not_tell_the_year_are_refused_with_the_flag(
+def test_values_that_do_not_determine_the_year_are_refused_with_the_flag(
     render: Render, tmp_path: Path, layout: str, numbers: dict[int, int], words: str
 ) -> None:
     cases = find_cases(render(tmp_path, layout).root)
@@ -147,28 +149,26 @@ def test_values_that_do_not_tell_the_year_are_refused_with_the_flag(
         convention_of(cases)
 
 
-def test_cases_of_two_years_thrown_together_are_not_taken_for_cavities() -> None:
+def test_mixing_two_years_does_not_turn_labels_into_cavities() -> None:
     cases = [Case(id=f"BraTS-GLI-0000{n}-000", folder=Path(), naming="gli") for n in (1, 2)]
     values = {cases[0].id: (0, 1, 2, 3), cases[1].id: (0, 1, 2, 4)}
     with pytest.raises(DataError, match=r"no case has both: .*--labels brats2024\. Seen: .*4 in BraTS-GLI-00002-000"):
         decide_for(values, cases)
 
 
-def test_families_with_different_numbers_in_one_folder_are_refused_with_a_case_of_each(
-    render: Render, tmp_path: Path
-) -> None:
+def test_mixed_conventions_in_one_folder_are_refused_with_a_case_of_each(render: Render, tmp_path: Path) -> None:
     render(tmp_path, "2024 GLI")
     render(tmp_path, "2024 PED")
     with pytest.raises(DataError, match=r"brats2024 for BraTS-GLI.*brats2024-ped for BraTS-PED.*--labels"):
         convention_of(find_cases(tmp_path))
 
 
-def test_years_whose_numbers_mean_the_same_may_be_mixed() -> None:
+def test_years_with_the_same_label_numbers_may_be_mixed() -> None:
     cases = [Case(id="a", folder=Path(), naming="brats2021"), Case(id="b", folder=Path(), naming="brats2023")]
     assert decide_for({"a": (0, 1, 2), "b": (0, 1, 2)}, cases).name == "brats2021"
 
 
-def test_an_unknown_convention_is_refused_with_those_there_are() -> None:
+def test_an_unknown_convention_is_refused_with_the_valid_names() -> None:
     with pytest.raises(DataError, match=r"named 'brats1999'. Give one of brats2021, .*msd"):
         convention_of([], labels="brats1999")
 
@@ -184,7 +184,7 @@ def test_an_ambiguous_data_set_without_label_maps_can_still_be_predicted(
 # Individual layouts
 
 
-def test_radiotherapy_cases_are_refused_in_words(tmp_path: Path) -> None:
+def test_radiotherapy_cases_are_refused_with_a_clear_message(tmp_path: Path) -> None:
     case = "BraTS-MEN-RT-0003-1"
     (tmp_path / case).mkdir()
     for ending in ("t1c", "gtv"):
@@ -193,9 +193,7 @@ def test_radiotherapy_cases_are_refused_in_words(tmp_path: Path) -> None:
         find_cases(tmp_path)[0].require()
 
 
-def test_of_ucsf_pdgm_the_image_without_bias_correction_is_taken_else_the_one_with(
-    render: Render, tmp_path: Path
-) -> None:
+def test_ucsf_pdgm_images_without_bias_correction_are_preferred(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path, "UCSF-PDGM").root
     folder = root / "UCSF-PDGM-0004_nifti"
     shutil.copy(folder / "UCSF-PDGM-0004_T1.nii.gz", folder / "UCSF-PDGM-0004_T1_bias.nii.gz")
@@ -209,14 +207,14 @@ def test_of_ucsf_pdgm_the_image_without_bias_correction_is_taken_else_the_one_wi
 
 
 @pytest.mark.parametrize("layout", ["MSD", "nnU-Net"])
-def test_test_images_without_label_maps_are_cases(render: Render, tmp_path: Path, layout: str) -> None:
+def test_images_of_a_test_split_without_label_maps_are_cases(render: Render, tmp_path: Path, layout: str) -> None:
     root = render(tmp_path, layout).root
     shutil.move(root / "imagesTr", root / "imagesTs")
     assert [case.require().label for case in find_cases(root)] == [None, None]
 
 
 @pytest.mark.parametrize("layout", ["MSD", "nnU-Net"])
-def test_the_folder_of_images_alone_is_a_data_set_without_label_maps(
+def test_the_images_folder_by_itself_is_a_data_set_without_label_maps(
     render: Render, tmp_path: Path, layout: str
 ) -> None:
     root = render(tmp_path, layout).root
@@ -225,13 +223,15 @@ def test_the_folder_of_images_alone_is_a_data_set_without_label_maps(
     assert [case.written_convention.name for case in cases if case.written_convention] == ["msd", "msd"]
 
 
-def test_the_folder_of_label_maps_alone_is_read_by_the_description_beside_it(render: Render, tmp_path: Path) -> None:
+def test_the_labels_folder_by_itself_is_read_with_the_description_next_to_it(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path, "nnU-Net").root
     cases = find_label_cases(root / "labelsTr")
     assert [case.declared for case in cases.values()] == ["msd", "msd"]
 
 
-def test_nnunets_label_maps_without_description_are_not_told_by_ids_of_brats(render: Render, tmp_path: Path) -> None:
+def test_nnunet_label_maps_without_a_description_are_not_recognised_by_brats_ids(
+    render: Render, tmp_path: Path
+) -> None:
     root = render(tmp_path, "nnU-Net").root
     (root / "dataset.json").unlink()
     cases = find_label_cases(root / "labelsTr")
@@ -248,7 +248,7 @@ def test_nnunets_label_maps_without_description_are_not_told_by_ids_of_brats(ren
         ({"first": "T1"}, "must name the channels"),
     ],
 )
-def test_channels_without_names_of_contrasts_are_refused(
+def test_channels_not_named_after_contrasts_are_refused(
     render: Render, tmp_path: Path, channels: object, words: str
 ) -> None:
     root = describe(render(tmp_path, "nnU-Net").root, channel_names=channels)
@@ -256,23 +256,21 @@ def test_channels_without_names_of_contrasts_are_refused(
         find_cases(root)
 
 
-def test_a_channel_that_is_no_contrast_is_left_alone_and_a_missing_one_is_named(render: Render, tmp_path: Path) -> None:
+def test_a_channel_that_is_not_a_contrast_is_ignored_and_a_missing_one_is_named(render: Render, tmp_path: Path) -> None:
     root = describe(render(tmp_path, "nnU-Net").root, channel_names={"0": "T2", "1": "T1ce", "2": "ADC", "3": "T1"})
     case = find_cases(root)[0]
     assert (list(case.contrasts), len(case.problems)) == (["t1", "t1c", "t2"], 1)
     assert "contrast flair is missing" in case.problems[0]
 
 
-def test_a_4d_file_with_fewer_volumes_than_are_described_is_a_problem(render: Render, tmp_path: Path) -> None:
+def test_a_4d_file_with_fewer_volumes_than_described_is_a_problem(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path, "MSD").root
     save(root / "imagesTr" / "BRATS_001.nii.gz", np.ones((8, 8, 8, 2)))
     problems = check(DataSource(root)).cases[0].problems
     assert any("volume 3 (from 0) of a 4D file is needed" in problem for problem in problems)
 
 
-def test_a_folder_with_one_manifest_is_that_data_set_and_other_tables_do_not_count(
-    render: Render, tmp_path: Path
-) -> None:
+def test_a_folder_with_one_manifest_is_a_data_set_and_other_tables_are_ignored(render: Render, tmp_path: Path) -> None:
     manifest = render(tmp_path, "manifest").root
     (tmp_path / "survival_info.csv").write_text("Brats20ID,Age\n1,60\n")
     assert find_cases(tmp_path) == find_cases(manifest)
@@ -292,7 +290,7 @@ def test_a_manifest_may_be_separated_by_semicolons_or_tabs(render: Render, tmp_p
     assert find_cases(manifest) == before
 
 
-def test_a_volume_of_a_4d_file_can_stand_in_a_manifest(render: Render, tmp_path: Path) -> None:
+def test_a_manifest_may_list_a_volume_of_a_4d_file(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path, "MSD").root
     image = "imagesTr/BRATS_001.nii.gz"
     (root / "m.csv").write_text(f"case,t1,t1c,t2,flair\nx,{image}#1,{image}#2,{image}#3,{image}#0\n")
@@ -314,7 +312,7 @@ def test_a_volume_of_a_4d_file_can_stand_in_a_manifest(render: Render, tmp_path:
         ("case,t1\n", "no case found"),
     ],
 )
-def test_a_manifest_that_cannot_be_understood_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_malformed_manifest_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(DataError, match=words):
         find_cases(tmp_path / "m.csv")
@@ -323,7 +321,9 @@ def test_a_manifest_that_cannot_be_understood_is_refused(tmp_path: Path, text: s
 @pytest.mark.parametrize(
     ("place", "words"), [("gone.nii", "names .*gone.nii, which does not exist"), ("../b.nii", "--follow-links")]
 )
-def test_a_path_of_a_manifest_that_leads_nowhere_or_out_is_a_problem(tmp_path: Path, place: str, words: str) -> None:
+def test_a_manifest_path_that_is_missing_or_outside_the_data_is_a_problem(
+    tmp_path: Path, place: str, words: str
+) -> None:
     (tmp_path / "b.nii").touch()
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "m.csv").write_text(f"case,t1c\na,{place}\n")
@@ -370,7 +370,7 @@ def test_any_description_is_read_or_refused(render: Render, content: object, lay
 
 @properties
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode), st.booleans())
-def test_any_bytes_in_place_of_a_description_are_read_or_refused(render: Render, content: bytes, keep: bool) -> None:
+def test_any_bytes_as_a_description_are_read_or_refused(render: Render, content: bytes, keep: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for layout, name in (("nnU-Net", "dataset.json"), ("manifest", "cases.csv")):
             path = render(Path(folder, layout), layout).root.parent / name
@@ -437,7 +437,7 @@ def table(folder: Path, head: str, *rows: str) -> Path:
 
 
 @pytest.mark.parametrize("head", ["case,patient", "id,Subject", "case_id,participant_id", "Case,Patient ID"])
-def test_a_manifest_states_the_patient_and_the_id_tells_where_it_does_not(tmp_path: Path, head: str) -> None:
+def test_the_patient_comes_from_the_manifest_and_otherwise_from_the_id(tmp_path: Path, head: str) -> None:
     path = table(
         tmp_path,
         f"{head},t1,t1c,t2,flair",
@@ -446,17 +446,17 @@ def test_a_manifest_states_the_patient_and_the_id_tells_where_it_does_not(tmp_pa
     assert {case.id: case.patient for case in find_cases(path)} == {"a": "7", "b": "7", "P9_tp1": "P9"}
 
 
-def test_a_subject_is_the_case_where_no_other_column_is(tmp_path: Path) -> None:
+def test_the_subject_column_is_the_case_if_no_other_column_is(tmp_path: Path) -> None:
     (case,) = find_cases(table(tmp_path, "subject,t1,t1c,t2,flair", "a,1.nii.gz,c.nii.gz,2.nii.gz,f.nii.gz"))
     assert (case.id, case.stated_patient) == ("a", None)
 
 
-def test_two_columns_for_the_patient_are_refused(tmp_path: Path) -> None:
+def test_two_patient_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="two columns for patient: patient and participant"):
         find_cases(table(tmp_path, "case,patient,participant,t1", "a,1,2,1.nii.gz"))
 
 
-def test_a_row_that_lacks_a_contrast_names_the_columns_that_tell_none(tmp_path: Path) -> None:
+def test_a_row_that_lacks_a_contrast_lists_the_unrecognised_columns(tmp_path: Path) -> None:
     (case,) = find_cases(table(tmp_path, "case,t1,t1c,t2,dark,age", "a,1.nii.gz,c.nii.gz,2.nii.gz,f.nii.gz,61"))
     with pytest.raises(
         DataError, match=r"contrast flair is missing, and these names match no contrast: column dark\. "
@@ -465,7 +465,7 @@ def test_a_row_that_lacks_a_contrast_names_the_columns_that_tell_none(tmp_path: 
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_a_manifest_may_name_files_and_cases_in_another_unicode_form(tmp_path: Path, forms: tuple[Any, Any]) -> None:
+def test_a_manifest_may_use_another_unicode_form_for_files_and_cases(tmp_path: Path, forms: tuple[Any, Any]) -> None:
     written, there = (unicodedata.normalize(form, "Zo\u00eb") for form in forms)
     (tmp_path / there).mkdir()
     (tmp_path / there / f"{there}_t1.nii.gz").touch()
@@ -474,7 +474,7 @@ def test_a_manifest_may_name_files_and_cases_in_another_unicode_form(tmp_path: P
     assert case.contrasts["t1"].exists()
 
 
-def test_images_and_labels_of_nnunet_in_two_unicode_forms_belong_together(render: Render, tmp_path: Path) -> None:
+def test_nnunet_images_and_labels_match_across_unicode_forms(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path, "nnU-Net").root
     first = find_cases(root)[0].id
     for folder, form in (("imagesTr", "NFD"), ("labelsTr", "NFC")):

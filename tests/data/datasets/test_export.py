@@ -49,7 +49,7 @@ def assert_same(first: dict[str, list[Any]], second: dict[str, list[Any]]) -> No
 
 
 @pytest.mark.parametrize(("layout", "source"), list(product(LAYOUTS, SOURCES)))
-def test_what_is_exported_is_read_back_as_the_same(render: Render, tmp_path: Path, layout: str, source: str) -> None:
+def test_an_export_reads_back_the_same(render: Render, tmp_path: Path, layout: str, source: str) -> None:
     root = render(tmp_path / "in", source).root
     done = export_dataset(DataSource(root), tmp_path / "out", layout)
     assert (done.cases, done.labelled) == (2, 2)
@@ -57,7 +57,7 @@ def test_what_is_exported_is_read_back_as_the_same(render: Render, tmp_path: Pat
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_cases_without_label_maps_are_exported_as_such(render: Render, tmp_path: Path, layout: str) -> None:
+def test_cases_without_label_maps_are_exported_without_them(render: Render, tmp_path: Path, layout: str) -> None:
     root = render(tmp_path / "in", "2021").root
     (root / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz").unlink()
     assert export_dataset(DataSource(root), tmp_path / "out", layout).labelled == 1
@@ -65,7 +65,7 @@ def test_cases_without_label_maps_are_exported_as_such(render: Render, tmp_path:
 
 
 @pytest.mark.parametrize("layout", ["nnunet", "csv"])
-def test_files_are_copied_byte_by_byte_where_the_layout_allows_it(render: Render, tmp_path: Path, layout: str) -> None:
+def test_files_are_copied_byte_for_byte_if_the_layout_allows_it(render: Render, tmp_path: Path, layout: str) -> None:
     root = render(tmp_path / "in", "2021").root
     export_dataset(DataSource(root), tmp_path / "out", layout)
     for old, new in zip(find_cases(root), find_cases(tmp_path / "out"), strict=True):
@@ -73,14 +73,14 @@ def test_files_are_copied_byte_by_byte_where_the_layout_allows_it(render: Render
             assert new.contrasts[contrast].read_bytes() == old.contrasts[contrast].read_bytes()
 
 
-def test_an_uncompressed_file_is_compressed_with_every_byte_kept(render: Render, tmp_path: Path) -> None:
+def test_compressing_an_uncompressed_file_keeps_every_byte(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2020").root
     export_dataset(DataSource(root), tmp_path / "out", "nnunet")
     for old, new in zip(find_cases(root), find_cases(tmp_path / "out"), strict=True):
         assert gzip.decompress(new.contrasts["t1"].read_bytes()) == old.contrasts["t1"].read_bytes()
 
 
-def test_the_description_for_nnunet_has_regions_in_the_order_they_are_written(render: Render, tmp_path: Path) -> None:
+def test_the_nnunet_description_has_regions_in_the_order_they_are_written(render: Render, tmp_path: Path) -> None:
     export_dataset(DataSource(render(tmp_path / "in", "2021").root), tmp_path / "out", "nnunet")
     content = json.loads((tmp_path / "out" / "Dataset001_BraTS" / "dataset.json").read_text())
     assert content == {
@@ -92,7 +92,9 @@ def test_the_description_for_nnunet_has_regions_in_the_order_they_are_written(re
     }
 
 
-def test_contrasts_in_several_voxel_orders_and_of_fractions_fit_in_one_4d_file(render: Render, tmp_path: Path) -> None:
+def test_contrasts_of_several_voxel_orders_and_fractional_values_fit_in_one_4d_file(
+    render: Render, tmp_path: Path
+) -> None:
     root = render(tmp_path / "in", "2021").root
     path = find_cases(root)[0].contrasts["t2"]
     image = nib.Nifti1Image.from_filename(path)
@@ -106,7 +108,7 @@ def test_contrasts_in_several_voxel_orders_and_of_fractions_fit_in_one_4d_file(r
         np.testing.assert_array_equal(t2.affine, image.affine)
 
 
-def test_what_a_layout_cannot_hold_is_told(render: Render, tmp_path: Path) -> None:
+def test_whatever_a_layout_cannot_store_is_reported(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2024 GLI").root
     assert export_dataset(DataSource(root), tmp_path / "a", "nnunet").notes == (
         "label 4 (resection cavity) became background",
@@ -126,7 +128,7 @@ def test_an_ambiguous_data_set_needs_the_flag(render: Render, tmp_path: Path) ->
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("broken", ["t1c", "seg"])
-def test_a_bad_file_leaves_nothing(render: Render, tmp_path: Path, layout: str, broken: str) -> None:
+def test_a_bad_file_leaves_no_partial_export(render: Render, tmp_path: Path, layout: str, broken: str) -> None:
     case = find_cases(render(tmp_path / "in", "2021").root)[1]
     path = case.label if broken == "seg" else case.contrasts["t1c"]
     assert path is not None
@@ -136,7 +138,7 @@ def test_a_bad_file_leaves_nothing(render: Render, tmp_path: Path, layout: str, 
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
 
 
-def test_another_grid_and_nan_are_refused_where_files_are_put_together(render: Render, tmp_path: Path) -> None:
+def test_another_grid_and_nan_are_refused_when_files_are_combined(render: Render, tmp_path: Path) -> None:
     path = find_cases(render(tmp_path / "in", "2021").root)[0].contrasts["t2"]
     nib.save(
         nib.Nifti1Image(np.full((8, 8, 8), np.nan, dtype=np.float32), nib.Nifti1Image.from_filename(path).affine), path
@@ -148,7 +150,7 @@ def test_another_grid_and_nan_are_refused_where_files_are_put_together(render: R
         export_dataset(DataSource(tmp_path / "in"), tmp_path / "out", "msd")
 
 
-def test_a_disk_that_fills_up_leaves_nothing(render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_partial_export(render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -159,7 +161,7 @@ def test_a_disk_that_fills_up_leaves_nothing(render: Render, tmp_path: Path, mon
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_place_that_is_not_free_is_refused(render: Render, tmp_path: Path) -> None:
+def test_an_existing_destination_is_refused(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2021").root
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -170,7 +172,7 @@ def test_a_place_that_is_not_free_is_refused(render: Render, tmp_path: Path) -> 
     assert export_dataset(DataSource(root), tmp_path / "empty", "csv").cases == 2
 
 
-def test_ids_that_a_layout_cannot_hold_are_refused(render: Render, tmp_path: Path) -> None:
+def test_ids_that_a_layout_cannot_represent_are_refused(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "case folders").root
     for path in (root / "a").iterdir():
         path.rename(path.with_name(f" {path.name}"))
@@ -179,7 +181,7 @@ def test_ids_that_a_layout_cannot_hold_are_refused(render: Render, tmp_path: Pat
     assert export_dataset(DataSource(root), tmp_path / "out", "msd").cases == 2
 
 
-def test_ids_that_end_like_a_channel_of_nnunet_are_kept(render: Render, tmp_path: Path) -> None:
+def test_ids_that_end_like_an_nnunet_channel_are_kept(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "manifest").root
     root.write_text(root.read_text().replace("\na,", "\nscan_0001,").replace("\nb,", "\nscan_0002,"))
     for layout in LAYOUTS:
@@ -189,7 +191,7 @@ def test_ids_that_end_like_a_channel_of_nnunet_are_kept(render: Render, tmp_path
 
 
 @pytest.mark.parametrize(("layout", "kept"), [("csv", True), ("msd", False), ("nnunet", False)])
-def test_patients_of_a_manifest_are_kept_or_their_loss_is_told(
+def test_patients_from_a_manifest_are_kept_or_their_loss_is_reported(
     render: Render, tmp_path: Path, layout: str, kept: bool
 ) -> None:
     root = render(tmp_path / "in", "manifest").root
@@ -201,7 +203,9 @@ def test_patients_of_a_manifest_are_kept_or_their_loss_is_told(
     assert (f"{layout} cannot store patients" in " ".join(done.notes)) is not kept
 
 
-def test_the_command_writes_and_tells(render: Render, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
+def test_the_command_writes_the_export_and_reports_it(
+    render: Render, tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
     root, out = render(tmp_path / "in", "2024 GLI").root, tmp_path / "out"
     ended = znormseg("data", "export", root, out, "--format", "msd", "--json")
     assert (ended.code, json.loads(ended.out)["labels"]) == (0, "msd")

@@ -40,20 +40,20 @@ def write_case(folder: Path, name: str, labels: list[int]) -> Case:
     return Case(id=name, folder=folder, label=path)
 
 
-def test_numbers_are_counted_and_a_voxel_has_its_volume(tmp_path: Path) -> None:
+def test_label_values_are_counted_and_the_voxel_volume_is_recorded(tmp_path: Path) -> None:
     held = read_label_maps([write_case(tmp_path, "a", [1, 2, 2, 4])])["a"]
     assert (held.counts, held.voxel_um3) == ({1: 1, 2: 2, 4: 1}, 2 * 10**9)
     assert tumour_of(held, BRATS2021) == LabelStats(volume_um3=8 * 10**9, enhances=True)
 
 
-def test_whether_tumour_enhances_goes_by_the_convention(tmp_path: Path) -> None:
+def test_whether_a_tumour_enhances_depends_on_the_convention(tmp_path: Path) -> None:
     held = read_label_maps([write_case(tmp_path, "a", [1, 2, 3]), write_case(tmp_path, "b", [1, 2])])
     assert [tumour_of(held[name], BRATS2023).enhances for name in "ab"] == [True, False]
     with pytest.raises(DataError, match="3"):
         tumour_of(held["a"], BRATS2021)
 
 
-def test_a_label_map_that_is_missing_or_damaged_is_left_out_and_has_no_say(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_label_map_is_left_out(tmp_path: Path) -> None:
     cases = [write_case(tmp_path, "a", [1]), Case(id="b", folder=tmp_path), write_case(tmp_path, "c", [2])]
     (tmp_path / "c_seg.nii.gz").write_bytes(b"damaged")
     cases.append(Case(id="d", folder=tmp_path, label=tmp_path / "d_seg.nii.gz"))
@@ -72,12 +72,12 @@ def test_each_label_map_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(read) == 3
 
 
-def test_what_is_on_record_is_read_back_the_same(tmp_path: Path) -> None:
+def test_a_written_record_reads_back_the_same(tmp_path: Path) -> None:
     held = read_label_maps([write_case(tmp_path, "a", [1, 2, 2, 4])])["a"]
     assert label_map_from_json(json.loads(json.dumps(asdict(held)))) == held
 
 
-def test_a_changed_voxel_is_noticed_by_case(tmp_path: Path) -> None:
+def test_a_changed_voxel_is_reported_with_its_case(tmp_path: Path) -> None:
     cases = [write_case(tmp_path, name, [1, 2, 4]) for name in "abc"]
     before = read_label_maps(cases)
     write_case(tmp_path, "b", [1, 4, 2])
@@ -86,14 +86,14 @@ def test_a_changed_voxel_is_noticed_by_case(tmp_path: Path) -> None:
     assert hash_of(read_label_maps(cases)) != hash_of(before)
 
 
-def test_a_label_map_that_is_gone_is_noticed(tmp_path: Path) -> None:
+def test_a_deleted_label_map_is_noticed(tmp_path: Path) -> None:
     cases = [write_case(tmp_path, name, [1]) for name in "ab"]
     before = read_label_maps(cases)
     (tmp_path / "a_seg.nii.gz").unlink()
     assert changed(before, cases) == ["a"]
 
 
-def test_the_same_voxels_compressed_anew_are_no_change(tmp_path: Path) -> None:
+def test_recompressing_the_same_voxels_is_not_a_change(tmp_path: Path) -> None:
     cases = [write_case(tmp_path, name, [1, 2, 4]) for name in "ab"]
     before = read_label_maps(cases)
     path = tmp_path / "a_seg.nii.gz"

@@ -19,14 +19,14 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize(("contrast", "spelling"), [(c, s) for c, row in SPELLINGS.items() for s in row.split()])
-def test_a_contrast_is_known_in_every_usual_spelling(contrast: str, spelling: str) -> None:
+def test_a_contrast_is_recognised_in_every_usual_spelling(contrast: str, spelling: str) -> None:
     name, _ = split_names([f"P01_{spelling}", "P01_seg"])
     assert name is not None
     assert (name.case, name.contrast, contrast_of(spelling)) == ("P01", contrast, contrast)
 
 
 @pytest.mark.parametrize("words", ["T1 (Gd)", "T1 + C", "T1w post-contrast", "T1 with contrast", "T1-weighted (Gd)"])
-def test_a_column_may_say_it_in_words(words: str) -> None:
+def test_a_column_may_name_a_contrast_in_words(words: str) -> None:
     assert contrast_of(words) == "t1c"
 
 
@@ -34,7 +34,7 @@ NO_CONTRAST = "t2_star t2s t1map t1_map t1_rho adc dwi swi pd mprage t1_sub T1GD
 
 
 @pytest.mark.parametrize("name", NO_CONTRAST.split())
-def test_what_is_no_contrast_or_another_is_not_guessed(name: str) -> None:
+def test_ambiguous_names_and_names_of_other_contrasts_are_not_guessed(name: str) -> None:
     assert split_name(f"P01_{name}") is None
 
 
@@ -48,11 +48,11 @@ def test_what_is_no_contrast_or_another_is_not_guessed(name: str) -> None:
         (["P_ax_t1", "P_ax_t1_gd", "P_sag_t2", "P_cor_flair"], ["P"]),
     ],
 )
-def test_the_other_files_tell_where_a_case_id_ends(files: list[str], cases: list[str]) -> None:
+def test_the_other_files_determine_where_a_case_id_ends(files: list[str], cases: list[str]) -> None:
     assert list(dict.fromkeys(name.case for name in split_names(files) if name is not None)) == cases
 
 
-def test_bids_names_are_parted_into_session_and_contrast() -> None:
+def test_bids_names_are_split_into_session_and_contrast() -> None:
     files = ["T1w", "ce-gadolinium_T1w", "acq-tse_run-2_T2w", "acq-3d_FLAIR"]
     found = [name for name in split_names([f"sub-01_ses-1_{file}" for file in files]) if name is not None]
     assert [name.contrast for name in found] == ["t1", "t1c", "t2", "flair"]
@@ -60,19 +60,19 @@ def test_bids_names_are_parted_into_session_and_contrast() -> None:
 
 
 @pytest.mark.parametrize("entities", ["ce-gadolinium", "ce-gd_run-1", "acq-mprage_ce-dotarem"])
-def test_a_t1_after_a_contrast_agent_is_never_taken_for_one_before(entities: str) -> None:
+def test_a_t1_with_contrast_agent_is_never_mistaken_for_a_plain_t1(entities: str) -> None:
     (name,) = split_names([f"sub-01_{entities}_T1w"])
     assert name is not None
     assert name.contrast == "t1c"
 
 
-def test_what_all_files_of_a_bids_case_share_stays_in_its_id() -> None:
+def test_parts_shared_by_all_files_of_a_bids_case_stay_in_its_id() -> None:
     found = split_names([f"sub-01_space-SRI_{suffix}" for suffix in ("T1w", "T2w", "FLAIR")])
     assert {name.case for name in found if name is not None} == {"sub-01_space-SRI"}
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_one_name_in_two_unicode_forms_is_one_case(form: str) -> None:
+def test_a_name_in_two_unicode_forms_is_one_case(form: str) -> None:
     name = split_name(unicodedata.normalize(form, "Zo\u00eb_t1"))  # type: ignore[arg-type]  # a literal of four
     assert name is not None
     assert name.case == "Zo\u00eb"

@@ -66,7 +66,7 @@ visits = (
         (["P7_visit2_20190312", "P7_20190312_visit2"], "P7"),
     ],
 )
-def test_visits_that_their_ids_name_are_one_patients(ids: list[str], patient: str) -> None:
+def test_visits_named_in_the_ids_belong_to_one_patient(ids: list[str], patient: str) -> None:
     assert {patient_of(case_id) for case_id in ids} == {patient}
 
 
@@ -87,13 +87,13 @@ def test_visits_that_their_ids_name_are_one_patients(ids: list[str], patient: st
         ["P1_13012019999", "P1_99999999"],
     ],
 )
-def test_different_patients_with_like_ids_stay_apart(ids: list[str]) -> None:
+def test_different_patients_with_similar_ids_stay_separate(ids: list[str]) -> None:
     assert len({patient_of(case_id) for case_id in ids}) == len(ids)
 
 
 @properties
 @given(visits, st.integers(0, 100))
-def test_no_patient_is_in_two_folds_whatever_its_visits_are_called(patient: dict[str, Any], seed: int) -> None:
+def test_no_patient_is_in_two_folds_under_any_naming_of_visits(patient: dict[str, Any], seed: int) -> None:
     by_id = {case_id: patient_of(case_id) for case_id in patient}
     tumours = {case_id: LabelStats(volume_um3=len(case_id), enhances=True) for case_id in patient}
     for split in (fold_split(by_id, 0, seed=seed), stratified_split(tumours, by_id, 0, seed=seed)):
@@ -103,7 +103,7 @@ def test_no_patient_is_in_two_folds_whatever_its_visits_are_called(patient: dict
 
 @properties
 @given(visits)
-def test_visits_of_different_patients_are_not_thrown_together(patient: dict[str, Any]) -> None:
+def test_visits_of_different_patients_are_not_merged(patient: dict[str, Any]) -> None:
     assert len({patient_of(case_id) for case_id in patient}) == len(set(patient.values()))
 
 
@@ -120,11 +120,11 @@ def test_grouping_does_not_depend_on_the_order_of_the_cases(
 
 @properties
 @given(st.text(max_size=300))
-def test_any_text_has_a_patient_who_is_its_own(case_id: str) -> None:
+def test_every_id_has_a_patient_and_that_patient_is_its_own(case_id: str) -> None:
     assert patient_of(patient_of(case_id)) == patient_of(case_id)
 
 
-def test_an_id_of_any_length_is_looked_at_in_no_time() -> None:
+def test_an_id_of_any_length_is_parsed_quickly() -> None:
     assert patient_of("1_" * 50_000) == "1_" * 50_000
 
 
@@ -145,7 +145,7 @@ def possible(ids: Any) -> tuple[tuple[str, ...], ...]:
         (["P01_tp1", "P01_7", "P02"], (("P01_7", "P01_tp1"),)),
     ],
 )
-def test_ids_that_may_be_visits_are_told(ids: list[str], groups: tuple[tuple[str, ...], ...]) -> None:
+def test_ids_that_may_be_visits_are_reported(ids: list[str], groups: tuple[tuple[str, ...], ...]) -> None:
     assert possible(ids) == groups
 
 
@@ -162,11 +162,11 @@ def test_ids_that_may_be_visits_are_told(ids: list[str], groups: tuple[tuple[str
         [*(f"site1_{number}" for number in range(20)), *(f"site2_{number}" for number in range(20))],
     ],
 )
-def test_ids_of_different_patients_are_not_told_as_visits(ids: list[str]) -> None:
+def test_ids_of_different_patients_are_not_reported_as_visits(ids: list[str]) -> None:
     assert possible(ids) == ()
 
 
-def test_patients_that_are_stated_are_no_guess() -> None:
+def test_stated_patients_are_not_reported_as_guesses() -> None:
     ids = ("P01_1", "P01_2", "P02_1")
     assert possible_visits({case_id: case_id for case_id in ids}, ids) == ()
 

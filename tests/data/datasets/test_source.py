@@ -22,11 +22,11 @@ from data.errors import DataError
 Call = Callable[..., Any]
 
 
-def test_examples_in_docstrings_hold() -> None:
+def test_the_examples_in_the_docstrings_hold() -> None:
     assert [doctest.testmod(module).failed for module in (source, naming)] == [0, 0]
 
 
-def test_the_cases_of_several_data_sets_know_theirs(render: Call, tmp_path: Path) -> None:
+def test_each_of_several_data_sets_cases_knows_its_data_set(render: Call, tmp_path: Path) -> None:
     early, late = render(tmp_path / "early", "2021").root, render(tmp_path / "late", "2023 GLI").root
     cases = data_source([str(late), str(early)]).find_cases()
     assert list(cases) == sorted(cases)
@@ -38,7 +38,7 @@ def test_the_cases_of_several_data_sets_know_theirs(render: Call, tmp_path: Path
     }
 
 
-def test_an_id_in_two_data_sets_is_refused_with_both_places(render: Call, tmp_path: Path) -> None:
+def test_an_id_in_two_data_sets_is_refused_with_both_paths(render: Call, tmp_path: Path) -> None:
     for place in ("one", "other"):
         render(tmp_path / place, "2021")
     with pytest.raises(DataError) as refused:
@@ -50,7 +50,7 @@ def test_an_id_in_two_data_sets_is_refused_with_both_places(render: Call, tmp_pa
     assert "or give them other ids in a manifest (.csv); no file has to be renamed." in message
 
 
-def test_each_data_set_is_read_by_its_own_convention(render: Call, tmp_path: Path) -> None:
+def test_each_data_set_is_read_with_its_own_convention(render: Call, tmp_path: Path) -> None:
     data = DataSource(
         render(tmp_path / "early", "2021").root, others=(DataSource(render(tmp_path / "late", "2023 GLI").root),)
     )
@@ -59,7 +59,7 @@ def test_each_data_set_is_read_by_its_own_convention(render: Call, tmp_path: Pat
     assert [convention.name for convention in conventions] == ["brats2021", "brats2023"]
 
 
-def test_a_data_set_that_leaves_its_convention_open_is_named(render: Call, tmp_path: Path) -> None:
+def test_a_data_set_with_an_ambiguous_convention_is_named(render: Call, tmp_path: Path) -> None:
     early, flat = render(tmp_path / "early", "2021").root, render(tmp_path / "flat", "flat").root
     data = data_source([str(early), str(flat)])
     cases = data.find_cases()
@@ -70,7 +70,7 @@ def test_a_data_set_that_leaves_its_convention_open_is_named(render: Call, tmp_p
     assert [convention.name for convention in named] == ["brats2021", "msd"]
 
 
-def test_a_synthetic_case_has_another_id_and_the_patient_of_the_real_one(render: Call, tmp_path: Path) -> None:
+def test_a_synthetic_case_has_its_own_id_and_the_patient_of_the_real_case(render: Call, tmp_path: Path) -> None:
     root = render(tmp_path, "2023 GLI").root
     cases = data_source([str(root), f"synthetic:{root}"]).find_cases()
     made = cases["synthetic-BraTS-GLI-00001-000"]
@@ -80,7 +80,7 @@ def test_a_synthetic_case_has_another_id_and_the_patient_of_the_real_one(render:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_manifest_of_one_data_set_names_the_patients_of_the_other_ones_synthetic_cases(
+def test_a_manifest_also_gives_patients_to_synthetic_cases_of_another_data_set(
     *, reverse: bool, render: Call, tmp_path: Path
 ) -> None:
     root = render(tmp_path / "cases", "2021").root
@@ -96,7 +96,7 @@ def test_a_manifest_of_one_data_set_names_the_patients_of_the_other_ones_synthet
     assert {case.patient for case in cases.values()} == {"P1"}
 
 
-def test_a_synthetic_case_does_not_train_where_its_real_case_validates() -> None:
+def test_a_synthetic_case_is_not_trained_on_if_its_real_case_is_for_validation() -> None:
     patients = {"a": "a", "b": "b", "synthetic-a": "P1", "synthetic-b": "P2"}
     split = with_synthetic(Split(train=("a",), validation=("b",)), patients, ["synthetic-a", "synthetic-b"])
     assert split.train == ("a", "synthetic-a")
@@ -121,7 +121,7 @@ def test_synthetic_cases_of_a_folder_without_labels_are_refused(render: Call, tm
         data_source([f"synthetic:{root}"]).find_cases()
 
 
-def test_arguments_are_read_as_they_are_written() -> None:
+def test_arguments_are_parsed_as_written() -> None:
     arguments = ("A", "synthetic:B", "/c/d.csv")
     assert data_source(arguments).arguments == arguments
     assert data_source(data_source(arguments).resolved().arguments) == data_source(arguments).resolved()
@@ -129,7 +129,7 @@ def test_arguments_are_read_as_they_are_written() -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=30), st.integers(0, 4))
-def test_with_folds_no_patient_is_on_both_sides_and_no_synthetic_case_validates(
+def test_folds_keep_patients_together_and_never_validate_on_synthetic_cases(
     drawn: list[tuple[int, bool]], fold: int
 ) -> None:
     cases = {

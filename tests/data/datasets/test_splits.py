@@ -57,7 +57,7 @@ def test_no_patient_is_in_both_parts(ids: list[str], seed: int) -> None:
 
 @properties
 @given(case_ids, seeds)
-def test_every_case_validates_in_one_fold_and_trains_in_the_others(ids: list[str], seed: int) -> None:
+def test_every_case_is_for_validation_in_one_fold_and_for_training_in_the_others(ids: list[str], seed: int) -> None:
     folds = all_folds(ids, seed)
     assert sorted(case for split in folds for case in split.validation) == sorted(ids)
     assert all(sorted([*split.train, *split.validation]) == sorted(ids) for split in folds)
@@ -71,7 +71,7 @@ def test_neither_part_of_a_fold_is_empty(ids: list[str], seed: int) -> None:
 
 @properties
 @given(case_ids, seeds)
-def test_folds_differ_by_one_patient_at_most(ids: list[str], seed: int) -> None:
+def test_fold_sizes_differ_by_at_most_one_patient(ids: list[str], seed: int) -> None:
     sizes = [len(set(map(patient_of, split.validation))) for split in all_folds(ids, seed)]
     assert max(sizes) - min(sizes) <= 1
 
@@ -83,18 +83,18 @@ def test_the_order_of_the_cases_does_not_change_a_split(ids: list[str], seed: in
     assert fold_split(by_id(shuffled), 1, seed=seed) == fold_split(by_id(ids), 1, seed=seed)
 
 
-def test_a_split_stays_the_same_from_version_to_version() -> None:
+def test_a_split_stays_the_same_across_versions() -> None:
     ids = [f"BraTS2021_{n:05}" for n in range(10)]
     assert fold_split(by_id(ids), 0).validation == ("BraTS2021_00004", "BraTS2021_00005")
 
 
-def test_another_seed_deals_the_patients_another_way() -> None:
+def test_another_seed_distributes_the_patients_differently() -> None:
     ids = [f"BraTS2021_{n:05}" for n in range(50)]
     assert fold_split(by_id(ids), 0, seed=1) != fold_split(by_id(ids), 0, seed=2)
 
 
 @pytest.mark.parametrize("fold", [-1, 3, 5])
-def test_a_fold_that_does_not_exist_is_refused_with_those_that_do(fold: int) -> None:
+def test_a_fold_that_does_not_exist_is_refused_with_the_existing_folds(fold: int) -> None:
     with pytest.raises(DataError, match=f"fold {fold} does not exist; 3 patients give the folds 0 to 2"):
         fold_split(by_id(IDS), fold)
 
@@ -107,7 +107,7 @@ def test_fewer_than_two_patients_are_refused(ids: list[str], count: str) -> None
 
 @properties
 @given(case_ids, st.integers(0, 1))
-def test_a_split_that_was_written_is_read_back_the_same(
+def test_a_written_split_reads_back_the_same(
     tmp_path_factory: pytest.TempPathFactory, ids: list[str], fold: int
 ) -> None:
     split = fold_split(by_id(ids), fold)
@@ -129,7 +129,9 @@ def fold_count(tumours: dict[str, LabelStats]) -> int:
 
 @properties
 @given(data_sets(), seeds)
-def test_stratified_folds_part_no_patient_and_hold_every_case_once(tumours: dict[str, LabelStats], seed: int) -> None:
+def test_stratified_folds_keep_patients_together_and_contain_every_case_once(
+    tumours: dict[str, LabelStats], seed: int
+) -> None:
     splits_ = [stratified_split(tumours, by_id(tumours), fold, seed=seed) for fold in range(fold_count(tumours))]
     assert sorted(case for split in splits_ for case in split.validation) == sorted(tumours)
     for split in splits_:
@@ -141,7 +143,7 @@ def test_stratified_folds_part_no_patient_and_hold_every_case_once(tumours: dict
 
 @properties
 @given(data_sets(), st.integers(2, 9))
-def test_any_number_of_folds_parts_no_patient_and_holds_every_case_once(
+def test_any_number_of_folds_keeps_patients_together_and_contains_every_case_once(
     tumours: dict[str, LabelStats], folds: int
 ) -> None:
     count = min(folds, len(set(map(patient_of, tumours))))
@@ -155,7 +157,7 @@ def test_any_number_of_folds_parts_no_patient_and_holds_every_case_once(
 
 @properties
 @given(data_sets(), seeds)
-def test_stratified_folds_differ_by_one_patient_at_most(tumours: dict[str, LabelStats], seed: int) -> None:
+def test_stratified_fold_sizes_differ_by_at_most_one_patient(tumours: dict[str, LabelStats], seed: int) -> None:
     folds = list(stratified_folds(tumours, by_id(tumours), seed=seed).values())
     sizes = [folds.count(number) for number in range(fold_count(tumours))]
     assert max(sizes) - min(sizes) <= 1
@@ -174,7 +176,7 @@ def test_enhancing_tumour_is_spread_over_the_folds(tumours: dict[str, LabelStats
 
 @properties
 @given(st.lists(st.integers(0, 10**6), min_size=10, max_size=60), seeds)
-def test_every_fold_has_one_of_each_five_neighbours_in_volume(volumes: list[int], seed: int) -> None:
+def test_every_fold_gets_one_of_each_five_cases_of_similar_volume(volumes: list[int], seed: int) -> None:
     tumours = {f"BraTS2021_{n:05}": LabelStats(volume_um3=volume, enhances=True) for n, volume in enumerate(volumes)}
     folds = stratified_folds(tumours, by_id(tumours), seed=seed)
     of_fold = [sorted(tumours[p].volume_um3 for p in folds if folds[p] == number) for number in range(FOLDS)]
@@ -200,7 +202,7 @@ def test_stratified_folds_are_the_same_on_every_machine() -> None:
     assert "".join(str(fold) for _, fold in sorted(stratified_folds(tumours, by_id(tumours)).items())) == "110342324040"
 
 
-def test_another_seed_deals_neighbours_another_way() -> None:
+def test_another_seed_distributes_neighbours_differently() -> None:
     tumours = {f"p{n:02}": LabelStats(volume_um3=n, enhances=True) for n in range(50)}
     assert stratified_folds(tumours, by_id(tumours), seed=1) != stratified_folds(tumours, by_id(tumours), seed=2)
 
@@ -221,7 +223,7 @@ def test_fewer_than_two_patients_cannot_be_stratified(ids: list[str]) -> None:
 
 
 @pytest.mark.parametrize("key", ["validation", "val"])
-def test_the_second_part_may_be_called_validation_or_val(tmp_path: Path, key: str) -> None:
+def test_the_validation_part_may_be_called_validation_or_val(tmp_path: Path, key: str) -> None:
     split = read_split(write_split(tmp_path, {"train": IDS[:2], key: IDS[2:3]}), by_id(IDS))
     assert split == Split(train=(IDS[0], IDS[1]), validation=(IDS[2],))
 
@@ -252,19 +254,19 @@ def test_a_split_may_do_without_validation(tmp_path: Path, content: dict[str, li
         ({"train": IDS[2:], "val": IDS[2:3]}, "patient BraTS-GLI-00002 is in train and in validation"),
     ],
 )
-def test_a_bad_split_is_refused_with_its_path_and_the_reason(tmp_path: Path, content: Any, words: str) -> None:
+def test_a_bad_split_file_is_refused_with_its_path_and_the_reason(tmp_path: Path, content: Any, words: str) -> None:
     with pytest.raises(DataError, match=rf"split\.json: .*{words}"):
         read_split(write_split(tmp_path, content), by_id(IDS))
 
 
-def test_a_split_that_is_missing_or_not_text_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_non_text_split_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\xff\xfe\x00\x81")
     for name in ("image", "nowhere"):
         with pytest.raises(DataError, match=f"{name}: cannot be read as a split"):
             read_split(tmp_path / name, by_id(IDS))
 
 
-def test_of_many_unknown_cases_the_first_five_are_named(tmp_path: Path) -> None:
+def test_only_the_first_five_of_many_unknown_cases_are_named(tmp_path: Path) -> None:
     path = write_split(tmp_path, {"train": [f"c{n}" for n in range(7)]})
     with pytest.raises(DataError, match=r"c0, c1, c2, c3, c4 \.\.\.$"):
         read_split(path, by_id(IDS))

@@ -87,7 +87,7 @@ def padded(tmp_path: Path, voxels: Voxels, write_series: Write) -> tuple[list[Pa
     return paths, expected
 
 
-def test_padding_is_background_and_said_to_be(padded: tuple[list[Path], Voxels]) -> None:
+def test_padding_becomes_background_and_is_reported(padded: tuple[list[Path], Voxels]) -> None:
     reading = read_only(padded[0][0].parent)
     assert np.array_equal(reading.volume.voxels, padded[1])
     assert reading.notes == ("25 % of its voxels are padding (stored values -2000); they were set to 0, as background",)
@@ -102,7 +102,7 @@ def test_a_padded_study_is_read_as_the_same_study_without_padding(
     assert np.array_equal(plain.affine, with_padding.affine)
 
 
-def test_padding_is_told_before_slope_and_intercept(padded: tuple[list[Path], Voxels]) -> None:
+def test_padding_is_detected_before_slope_and_intercept_are_applied(padded: tuple[list[Path], Voxels]) -> None:
     paths, expected = padded
     change_all(paths, set_fields(RescaleSlope=3, RescaleIntercept=7))
     assert np.array_equal(read_only(paths[0].parent).volume.voxels, np.where(expected == 0, 0, expected * 3 + 7))
@@ -127,7 +127,7 @@ def test_a_padding_value_of_unknown_representation_is_understood(padded: tuple[l
 
 
 @pytest.mark.parametrize(("value", "limit"), [(-2100, -1900), (-1900, -2100), (-2000, -2000)])
-def test_a_range_of_padding_has_its_ends_in_either_order(
+def test_a_padding_range_may_have_its_ends_in_either_order(
     value: int, limit: int, padded: tuple[list[Path], Voxels]
 ) -> None:
     paths, expected = padded
@@ -135,7 +135,7 @@ def test_a_range_of_padding_has_its_ends_in_either_order(
     assert np.array_equal(read_only(paths[0].parent).volume.voxels, expected)
 
 
-def test_a_range_of_padding_spares_what_lies_outside_of_it(padded: tuple[list[Path], Voxels]) -> None:
+def test_a_padding_range_leaves_values_outside_it_unchanged(padded: tuple[list[Path], Voxels]) -> None:
     paths, expected = padded
     change_all(paths, lambda image: (image.add_new(0x00280120, "SS", -9), image.add_new(0x00280121, "SS", 499)))
     kept = np.where((expected > 0) & (expected < 500), 0, expected)
@@ -144,7 +144,7 @@ def test_a_range_of_padding_spares_what_lies_outside_of_it(padded: tuple[list[Pa
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, ImplicitVRLittleEndian])
-def test_padding_is_known_in_every_transfer_syntax(syntax: Any, padded: tuple[list[Path], Voxels]) -> None:
+def test_padding_is_recognised_in_every_transfer_syntax(syntax: Any, padded: tuple[list[Path], Voxels]) -> None:
     paths, expected = padded
     for path in paths:
         image = pydicom.dcmread(path)
@@ -156,7 +156,7 @@ def test_padding_is_known_in_every_transfer_syntax(syntax: Any, padded: tuple[li
     assert np.array_equal(read_only(paths[0].parent).volume.voxels, expected)
 
 
-def test_padding_is_known_in_what_itk_decodes_in_stored_units(tmp_path: Path) -> None:
+def test_padding_is_recognised_in_the_stored_values_that_itk_decodes(tmp_path: Path) -> None:
     stored = np.random.default_rng(0).integers(1, 900, (1, 16, 12)).astype(np.int16)
     stored[0, :, :3] = PAD
     image = sitk.GetImageFromArray(stored)
@@ -178,7 +178,7 @@ def test_padding_is_known_in_what_itk_decodes_in_stored_units(tmp_path: Path) ->
     assert np.array_equal(read_only(tmp_path).volume.voxels[:, :, 0], expected.T)
 
 
-def test_padding_of_an_enhanced_object_is_0_whatever_slope_its_frames_have(
+def test_padding_of_an_enhanced_object_is_0_at_any_slope_of_its_frames(
     enhanced: tuple[Path, Any, Any], tmp_path: Path
 ) -> None:
     shutil.copy(enhanced[0] / "IM_0001", tmp_path)
@@ -194,7 +194,7 @@ def test_padding_of_an_enhanced_object_is_0_whatever_slope_its_frames_have(
 
 
 @pytest.mark.parametrize(("vr", "value"), [("US", 63536), ("SS", -2000)])
-def test_padding_above_the_bits_that_are_used_is_known(
+def test_padding_above_the_stored_bits_is_recognised(
     vr: str, value: int, tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     stored, expected = voxels.copy(), voxels.copy()
@@ -205,7 +205,7 @@ def test_padding_above_the_bits_that_are_used_is_known(
     assert np.array_equal(read_only(tmp_path).volume.voxels, expected)
 
 
-def test_signed_values_without_sign_in_the_unused_bits_are_padding_too(
+def test_padding_is_recognised_in_signed_values_without_sign_extension(
     padded: tuple[list[Path], Voxels],
 ) -> None:
     paths, expected = padded
@@ -218,7 +218,7 @@ def test_signed_values_without_sign_in_the_unused_bits_are_padding_too(
     assert np.array_equal(read_only(paths[0].parent).volume.voxels, expected)
 
 
-def test_padding_that_is_named_in_some_slices_only_is_padding_there(padded: tuple[list[Path], Voxels]) -> None:
+def test_padding_declared_in_only_some_slices_applies_to_those(padded: tuple[list[Path], Voxels]) -> None:
     paths, expected = padded
     change_all(by_place(paths)[:1], lambda image: delattr(image, "PixelPaddingValue"))
     expected[:2, :, 0] = PAD
@@ -248,14 +248,14 @@ def test_padding_that_changes_nothing_is_not_mentioned(
     assert reading.notes == ()
 
 
-def test_padding_of_images_compressed_with_loss_is_to_be_looked_at(padded: tuple[list[Path], Voxels]) -> None:
+def test_padding_of_lossily_compressed_images_asks_for_a_check(padded: tuple[list[Path], Voxels]) -> None:
     change_all(padded[0], set_fields(LossyImageCompression="01"))
     assert "compressed with loss, which may also have changed the padding (stored values -2000)" in str(
         read_only(padded[0][0].parent).notes
     )
 
 
-def test_a_series_that_is_all_padding_is_refused(tmp_path: Path, voxels: Voxels, write_series: Write) -> None:
+def test_a_series_of_only_padding_is_refused(tmp_path: Path, voxels: Voxels, write_series: Write) -> None:
     write_series(tmp_path, voxels, AFFINE, PixelPaddingValue=0, PixelPaddingRangeLimit=4095)
     with pytest.raises(DataError, match=r"its headers declare every voxel to be padding \(stored values 0 to 4095\)"):
         read_only(tmp_path)
@@ -269,7 +269,7 @@ def rescaled(tmp_path: Path, voxels: Voxels, write_series: Write) -> list[Path]:
     )
 
 
-def test_slices_without_the_slope_of_the_others_are_named(rescaled: list[Path]) -> None:
+def test_slices_that_lack_the_slope_of_the_others_are_named(rescaled: list[Path]) -> None:
     for path in rescaled[2:4]:
         change_all([path], lambda image: (delattr(image, "RescaleSlope"), delattr(image, "RescaleIntercept")))
     names = ", ".join(sorted(path.name for path in rescaled[2:4]))
@@ -282,7 +282,7 @@ def test_slices_without_the_slope_of_the_others_are_named(rescaled: list[Path]) 
 
 @pytest.mark.parametrize("value", [None, ""])
 @pytest.mark.parametrize("keyword", ["RescaleSlope", "RescaleIntercept"])
-def test_one_empty_field_of_the_two_is_enough_to_refuse(keyword: str, value: Any, rescaled: list[Path]) -> None:
+def test_one_empty_slope_or_intercept_is_enough_to_refuse(keyword: str, value: Any, rescaled: list[Path]) -> None:
     change_all(rescaled[:1], set_fields(**{keyword: value}))
     with pytest.raises(DataError, match=f"1 of its 6 slices lacks the {keyword} that the others have"):
         read_only(rescaled[0].parent)
@@ -294,13 +294,13 @@ def test_one_slice_with_a_slope_among_slices_without_is_refused(rescaled: list[P
         read_only(rescaled[0].parent)
 
 
-def test_a_series_whose_slices_all_lack_an_intercept_is_read(rescaled: list[Path], voxels: Voxels) -> None:
+def test_a_series_without_any_intercept_is_read(rescaled: list[Path], voxels: Voxels) -> None:
     change_all(rescaled, lambda image: delattr(image, "RescaleIntercept"))
     assert np.array_equal(read_only(rescaled[0].parent).volume.voxels, voxels * 3)
 
 
 @pytest.mark.parametrize("slope", [b"0 ", b"nan ", b"3,5 ", b"inf "])
-def test_a_slope_that_is_no_number_or_0_is_refused_in_all_slices_too(slope: bytes, rescaled: list[Path]) -> None:
+def test_a_slope_of_0_or_not_a_number_is_refused_even_if_all_slices_have_it(slope: bytes, rescaled: list[Path]) -> None:
     for path in rescaled:
         content = path.read_bytes()
         old = b"\x28\x00\x53\x10DS\x02\x003 "
@@ -310,7 +310,7 @@ def test_a_slope_that_is_no_number_or_0_is_refused_in_all_slices_too(slope: byte
         read_only(rescaled[0].parent)
 
 
-def test_frames_without_the_transformation_of_the_others_are_named(
+def test_frames_that_lack_the_transformation_of_the_others_are_named(
     enhanced: tuple[Path, Any, Any], tmp_path: Path
 ) -> None:
     shutil.copy(enhanced[0] / "IM_0001", tmp_path)
@@ -338,7 +338,7 @@ def stack(tmp_path: Path, voxels: Voxels, write_series: Write) -> list[Path]:
 
 @pytest.mark.parametrize("each", [2, 6])
 @pytest.mark.parametrize("way", ["folder", "zip", "DICOMDIR"])
-def test_images_that_share_a_uid_all_stay_and_it_is_said(
+def test_images_that_share_a_uid_are_all_kept_and_reported(
     way: str, each: int, stack: list[Path], voxels: Voxels, tmp_path: Path
 ) -> None:
     repeat_uids(stack, each)
@@ -354,7 +354,7 @@ def test_images_that_share_a_uid_all_stay_and_it_is_said(
     assert np.array_equal(read_only(study).volume.voxels, voxels)
 
 
-def test_blank_slices_of_several_contrasts_with_one_uid_are_no_copies(
+def test_blank_slices_of_several_contrasts_with_one_uid_are_not_duplicates(
     tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     voxels[:, :, 0] = 0
@@ -366,14 +366,14 @@ def test_blank_slices_of_several_contrasts_with_one_uid_are_no_copies(
     assert "it shares its SeriesInstanceUID with other series; they were separated by series number" in found[0].notes
 
 
-def test_copies_among_images_that_share_a_uid_are_passed_over(stack: list[Path], voxels: Voxels) -> None:
+def test_duplicates_among_images_that_share_a_uid_are_skipped(stack: list[Path], voxels: Voxels) -> None:
     repeat_uids(stack, each=6)
     for path in stack[:3]:
         shutil.copy(path, path.with_name(f"{path.name}-copy"))
     assert np.array_equal(read_only(stack[0].parent).volume.voxels, voxels)
 
 
-def test_a_copy_that_was_compressed_without_loss_is_a_copy(stack: list[Path], voxels: Voxels) -> None:
+def test_a_losslessly_compressed_copy_counts_as_a_duplicate(stack: list[Path], voxels: Voxels) -> None:
     for path, syntax in zip(stack, itertools.cycle([RLELossless, JPEGLSLossless, ExplicitVRLittleEndian])):
         image = pydicom.dcmread(path)
         if syntax.is_compressed:
@@ -384,7 +384,7 @@ def test_a_copy_that_was_compressed_without_loss_is_a_copy(stack: list[Path], vo
     assert series_in(stack[0].parent)[0].notes == ()
 
 
-def test_two_images_at_one_place_with_one_uid_are_refused_and_none_is_dropped(stack: list[Path]) -> None:
+def test_two_images_at_one_position_with_one_uid_are_refused_and_none_is_dropped(stack: list[Path]) -> None:
     image = pydicom.dcmread(stack[2])
     image.PixelData = bytes(len(image.PixelData))
     image.save_as(stack[2].with_name("processed"))
@@ -406,7 +406,7 @@ def scatter(paths: list[Path]) -> None:
     change_all(paths, lambda image: setattr(image, "SeriesInstanceUID", pydicom.uid.generate_uid()))
 
 
-def test_slices_that_are_a_series_each_are_joined_and_it_is_said(stack: list[Path], voxels: Voxels) -> None:
+def test_slices_that_are_each_a_series_are_joined_and_reported(stack: list[Path], voxels: Voxels) -> None:
     scatter(stack)
     (series,) = series_in(stack[0].parent)
     assert (series.key, series.problems, identify(series).contrast) == ("1", (), "t1")
@@ -427,7 +427,7 @@ def test_two_scattered_contrasts_without_series_numbers_are_two_volumes(
     assert [(len(series.frames), series.problems) for series in series_in(tmp_path)] == [(6, ()), (6, ())]
 
 
-def test_a_uid_for_each_place_with_two_echoes_makes_two_volumes(
+def test_one_uid_per_position_with_two_echoes_makes_two_volumes(
     tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     for echo in (12, 96):
@@ -450,7 +450,7 @@ def test_slices_of_different_acquisitions_are_not_joined(other: dict[str, Any], 
     assert [len(series.frames) for series in series_in(stack[0].parent)] == [3, 3]
 
 
-def test_scattered_orientations_are_a_series_each(
+def test_scattered_orientations_are_separate_series(
     stack: list[Path], tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     scatter([*stack, *write_series(tmp_path / "in" / "b", voxels, AFFINE[:, [0, 2, 1, 3]], SeriesNumber=1, **SPIN_T1)])
@@ -458,7 +458,7 @@ def test_scattered_orientations_are_a_series_each(
     assert [(len(series.frames), series.volumes_in_series, series.problems) for series in found] == [(6, 1, ())] * 2
 
 
-def test_whole_series_that_share_a_number_are_not_joined(
+def test_complete_series_that_share_a_number_are_not_joined(
     stack: list[Path], tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     higher = AFFINE.copy()
@@ -467,13 +467,13 @@ def test_whole_series_that_share_a_number_are_not_joined(
     assert [len(series.frames) for series in series_in(tmp_path / "in")] == [6, 6]
 
 
-def test_a_slice_that_is_missing_from_scattered_slices_is_named(stack: list[Path]) -> None:
+def test_a_slice_missing_from_scattered_slices_is_named(stack: list[Path]) -> None:
     scatter(stack)
     by_place(stack)[2].unlink()
     assert "1 slice is missing: after slice 2 of 5" in series_in(stack[0].parent)[0].problems[0]
 
 
-def test_slices_that_cannot_be_joined_are_explained_with_the_way_out(stack: list[Path]) -> None:
+def test_slices_that_cannot_be_joined_are_reported_with_a_remedy(stack: list[Path]) -> None:
     scatter(stack)
     for number, path in enumerate(stack, start=1):
         change_all([path], set_fields(SeriesNumber=number))
@@ -483,7 +483,7 @@ def test_slices_that_cannot_be_joined_are_explained_with_the_way_out(stack: list
         choose_series(series_in(stack[0].parent))
 
 
-def test_a_segmentation_lists_each_image_under_the_series_that_it_came_in(stack: list[Path], tmp_path: Path) -> None:
+def test_a_segmentation_lists_each_image_under_its_original_series(stack: list[Path], tmp_path: Path) -> None:
     scatter(stack)
     headers = [pydicom.dcmread(path) for path in stack]
     with open_study(stack[0].parent) as study:
@@ -505,7 +505,7 @@ DERIVED = {"ImageType": ["DERIVED", "PRIMARY", "M", "NORM", "DIS3D"]}
     "name", ["t1_mprage_sag", "t1_mpr_sag_p2_iso", "T1 MPRAGE recon DL", "T1 MP-RAGE", "t1_mprage_tra_reko"]
 )
 @pytest.mark.parametrize("kind", [DERIVED, {"ImageType": None}])
-def test_a_scanners_own_reconstruction_is_no_reformat(
+def test_a_scanners_own_reconstruction_is_not_a_reformat(
     kind: dict[str, Any], name: str, tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     write_series(tmp_path, voxels, AFFINE, **{**MPRAGE, **kind, "SeriesDescription": name})
@@ -528,7 +528,7 @@ def code(value: str) -> pydicom.Dataset:
         ({"ImageType": ["DERIVED", "PRIMARY", "T1", "T1", "MAP"]}, "a map (ImageType DERIVED/PRIMARY/T1/T1/MAP)"),
     ],
 )
-def test_a_reformat_is_known_by_what_its_header_says_of_its_making(
+def test_a_reformat_is_recognised_by_the_derivation_in_its_header(
     fields: dict[str, Any], reason: str, tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     write_series(tmp_path, voxels, AFFINE, **{**MPRAGE, "SeriesDescription": "t1_mprage_sag", **fields})
@@ -536,7 +536,7 @@ def test_a_reformat_is_known_by_what_its_header_says_of_its_making(
     assert (finding.contrast, finding.reason) == (None, reason)
 
 
-def test_of_a_reconstruction_and_what_may_be_its_reformat_the_first_is_taken(
+def test_a_reconstruction_is_preferred_to_its_possible_reformat(
     tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     for number, name in enumerate(("t1_mprage_sag MPR cor", "t1_mprage_sag"), start=1):
@@ -547,7 +547,7 @@ def test_of_a_reconstruction_and_what_may_be_its_reformat_the_first_is_taken(
     assert "'mpr' in its name may mean a reformat" in identify(series[0]).reason
 
 
-def test_a_study_in_an_archive_has_the_notes_of_the_study(dicom_study: Path, tmp_path: Path) -> None:
+def test_an_archived_study_has_the_same_notes_as_the_study(dicom_study: Path, tmp_path: Path) -> None:
     shutil.copytree(dicom_study, tmp_path / "in")
     repeat_uids(list((tmp_path / "in" / "A" / "S3").iterdir()), each=3)
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:

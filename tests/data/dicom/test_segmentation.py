@@ -92,7 +92,7 @@ def from_raw_attributes(path: Path) -> dict[str, Points]:
     return {label: rounded(points) for label, points in found.items()}
 
 
-def test_each_tissue_lies_where_it_was_drawn(source: Series, written: Path) -> None:
+def test_each_tissue_is_where_it_was_drawn(source: Series, written: Path) -> None:
     found = from_raw_attributes(written)
     assert found["Necrotic and non-enhancing tumour core"] == drawn(source, NECROSIS)
     assert found["Oedema or invaded tissue"] == drawn(source, OEDEMA)
@@ -107,7 +107,7 @@ def test_a_mirrored_map_would_be_noticed(source: Series) -> None:
         assert points != drawn(source, OEDEMA)
 
 
-def test_itk_reads_the_frames_at_the_right_place(source: Series, tmp_path: Path) -> None:
+def test_itk_reads_the_frames_at_the_right_position(source: Series, tmp_path: Path) -> None:
     codes = np.where(lesion(source.shape) == ENHANCING, np.uint8(ENHANCING), np.uint8(0))
     write_dicom_seg(tmp_path / "seg.dcm", codes, source, version="1")
     image = sitk.ReadImage(str(tmp_path / "seg.dcm"))
@@ -115,7 +115,7 @@ def test_itk_reads_the_frames_at_the_right_place(source: Series, tmp_path: Path)
     assert rounded(image.TransformIndexToPhysicalPoint(v.tolist()) for v in voxels) == drawn(source, ENHANCING)
 
 
-def test_it_refers_to_its_images_study_and_frame_of_reference(source: Series, written: Path) -> None:
+def test_a_segmentation_refers_to_its_images_study_and_frame_of_reference(source: Series, written: Path) -> None:
     dataset, first = pydicom.dcmread(written), source.frames[0].file.header
     series = dataset.ReferencedSeriesSequence[0]
     assert series.SeriesInstanceUID == source.uid
@@ -127,7 +127,7 @@ def test_it_refers_to_its_images_study_and_frame_of_reference(source: Series, wr
     assert dataset.SeriesInstanceUID != source.uid
 
 
-def test_each_frame_refers_to_the_slice_it_lies_on(source: Series, written: Path) -> None:
+def test_each_frame_refers_to_its_slice(source: Series, written: Path) -> None:
     positions = {
         (str(frame.file.header.SOPInstanceUID), frame.number + 1): np.array(frame.position_mm)
         for frame in source.frames
@@ -138,7 +138,7 @@ def test_each_frame_refers_to_the_slice_it_lies_on(source: Series, written: Path
         assert np.allclose(positions[key], np.array(frame.PlanePositionSequence[0].ImagePositionPatient), atol=1e-4)
 
 
-def test_of_two_echoes_in_one_enhanced_object_the_right_one_is_referred_to(
+def test_the_right_one_of_two_echoes_in_an_enhanced_object_is_referenced(
     enhanced: tuple[Path, Any, Any], tmp_path: Path
 ) -> None:
     image = pydicom.dcmread(enhanced[0] / "IM_0001")
@@ -163,7 +163,7 @@ def test_of_two_echoes_in_one_enhanced_object_the_right_one_is_referred_to(
         assert [int(one.ReferencedFrameNumber) > len(frames) // 2 for one in images] == [True]
 
 
-def test_segments_are_coded_and_say_who_made_them(written: Path) -> None:
+def test_segments_are_coded_and_name_their_creator(written: Path) -> None:
     dataset = pydicom.dcmread(written)
     kinds = [item.SegmentedPropertyTypeCodeSequence[0] for item in dataset.SegmentSequence]
     assert [(kind.CodeValue, kind.CodingSchemeDesignator) for kind in kinds] == [
@@ -181,7 +181,7 @@ def test_segments_are_coded_and_say_who_made_them(written: Path) -> None:
     assert dataset.SegmentationType == "BINARY"
 
 
-def test_spacing_is_that_of_the_stack_and_not_what_a_header_claims(
+def test_spacing_is_measured_from_the_stack_and_not_read_from_the_header(
     tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
     codes = lesion((6, 7, 8))
@@ -202,7 +202,7 @@ def change_all(folder: Path, change: Callable[[pydicom.Dataset], None]) -> None:
 @pytest.mark.parametrize(
     "field", ["PatientName", "PatientID", "PatientSex", "StudyDate", "StudyID", "AccessionNumber", "SliceThickness"]
 )
-def test_fields_that_de_identifying_took_are_written_empty(
+def test_fields_removed_by_de_identification_are_written_empty(
     field: str, tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
     codes = lesion((6, 7, 8))
@@ -232,7 +232,7 @@ def test_a_name_in_any_script_is_kept(
     assert pydicom.dcmread(tmp_path / "seg.dcm").PatientName == name
 
 
-def test_images_without_a_frame_of_reference_cannot_be_referred_to(
+def test_images_without_a_frame_of_reference_cannot_be_referenced(
     tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
     codes = lesion((6, 7, 8))
@@ -246,7 +246,7 @@ def test_images_without_a_frame_of_reference_cannot_be_referred_to(
     assert not (tmp_path / "seg.dcm").exists()
 
 
-def test_slices_may_differ_in_the_last_digit_of_their_orientation(
+def test_slice_orientations_may_differ_in_the_last_digit(
     tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
     codes = lesion((6, 7, 8))
@@ -259,13 +259,13 @@ def test_slices_may_differ_in_the_last_digit_of_their_orientation(
     assert (tmp_path / "seg.dcm").exists()
 
 
-def test_a_tissue_that_is_not_there_has_no_segment(source: Series, tmp_path: Path) -> None:
+def test_an_absent_tissue_has_no_segment(source: Series, tmp_path: Path) -> None:
     codes = np.where(lesion(source.shape) == OEDEMA, np.uint8(OEDEMA), np.uint8(0))
     write_dicom_seg(tmp_path / "seg.dcm", codes, source, version="1")
     assert from_raw_attributes(tmp_path / "seg.dcm") == {"Oedema or invaded tissue": drawn(source, OEDEMA)}
 
 
-def test_an_empty_map_or_one_of_another_shape_is_refused(source: Series, tmp_path: Path) -> None:
+def test_a_label_map_that_is_empty_or_of_another_shape_is_refused(source: Series, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the label map marks no tumour"):
         write_dicom_seg(tmp_path / "seg.dcm", np.zeros(source.shape, np.uint8), source, version="1")
     with pytest.raises(DataError, match="the label map has"):
@@ -273,7 +273,7 @@ def test_an_empty_map_or_one_of_another_shape_is_refused(source: Series, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_label_map_in_any_voxel_order_is_brought_to_that_of_the_series(source: Series) -> None:
+def test_a_label_map_in_any_voxel_order_is_reoriented_to_the_series(source: Series) -> None:
     codes = lesion(source.shape)
     native = Volume(voxels=codes, affine=source.affine, path=Path("a"))
     flips = [np.s_[:: 1 - 2 * x, :: 1 - 2 * y, :: 1 - 2 * z] for x, y, z in itertools.product((0, 1), repeat=3)]
@@ -296,7 +296,7 @@ def test_a_label_map_on_another_grid_is_refused(source: Series) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_label_map_comes_back_from_a_study_made_of_its_images(
+def test_a_real_label_map_survives_the_round_trip_through_a_study(
     real_cases: Path, tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
     case = sorted(path for path in real_cases.iterdir() if path.is_dir())[0]

@@ -112,7 +112,9 @@ def series(name: str = "", timed: dict[str, Any] = UNKNOWN, *, key: str = "1", s
         ("PD+T2 tse", T2, "t2"),
     ],
 )
-def test_names_and_timings_of_several_vendors_are_known(name: str, timed: dict[str, Any], contrast: str) -> None:
+def test_series_names_and_timings_of_several_vendors_are_recognised(
+    name: str, timed: dict[str, Any], contrast: str
+) -> None:
     assert identify(series(name, timed)).contrast == contrast
 
 
@@ -153,7 +155,7 @@ def test_names_and_timings_of_several_vendors_are_known(name: str, timed: dict[s
         ("serie 4", UNKNOWN, {}, "neither its name nor its timing"),
     ],
 )
-def test_other_series_are_passed_over_with_a_reason(
+def test_other_series_are_skipped_with_a_reason(
     name: str, timed: dict[str, Any], more: dict[str, Any], reason: str
 ) -> None:
     finding = identify(series(name, timed, **more))
@@ -173,7 +175,9 @@ def test_other_series_are_passed_over_with_a_reason(
         ("T1 pre and post Gd", "Gadovist", "t1c"),
     ],
 )
-def test_the_name_tells_about_the_agent_and_else_the_header(name: str, agent: str | None, contrast: str) -> None:
+def test_the_name_indicates_the_contrast_agent_and_otherwise_the_header_does(
+    name: str, agent: str | None, contrast: str
+) -> None:
     assert identify(series(name, SPIN_T1, agent=agent)).contrast == contrast
 
 
@@ -186,11 +190,11 @@ def four() -> list[Series]:
     ]
 
 
-def test_time_points_of_a_dynamic_series_are_no_candidates() -> None:
+def test_time_points_of_a_dynamic_series_are_not_candidates() -> None:
     assert "one of 60 volumes" in identify(series("T1 dyn", SPIN_T1, volumes=60)).reason
 
 
-def test_another_modality_is_not_taken_even_by_hand() -> None:
+def test_another_modality_cannot_be_chosen_even_explicitly() -> None:
     with pytest.raises(DataError, match=r"t1: series 7 .*modality CT, not MR"):
         choose_series([*four(), series("head", UNKNOWN, key="7", modality="CT")], {"t1": "7"})
 
@@ -206,7 +210,7 @@ def test_each_choice_has_a_reason() -> None:
     assert choices["t1c"].reason == "name 't1 KM'; TE 12 ms, TR 550 ms; 'km' in its name"
 
 
-def test_two_candidates_are_refused_with_what_tells_them_apart_and_the_option() -> None:
+def test_two_candidates_are_refused_with_their_differences_and_the_option() -> None:
     with pytest.raises(DataError) as refused:
         choose_series([*four(), series("t2 cor", T2, key="9")])
     assert str(refused.value).startswith(
@@ -216,44 +220,44 @@ def test_two_candidates_are_refused_with_what_tells_them_apart_and_the_option() 
 
 
 @pytest.mark.parametrize("key", ["9", "1.2.9", " 9 "])
-def test_a_choice_by_number_or_uid_settles_it(key: str) -> None:
+def test_an_explicit_number_or_uid_resolves_the_choice(key: str) -> None:
     choices = choose_series([*four(), series("t2 cor", T2, key="9")], {"t2": key})
     assert choices["t2"].series.key == "9"
     assert choices["t2"].reason == "chosen with --t2"
 
 
-def test_a_choice_may_take_what_was_not_recognised_and_is_no_candidate_elsewhere() -> None:
+def test_an_unrecognised_series_can_be_chosen_and_a_chosen_one_serves_no_other_contrast() -> None:
     others = [series("brain", UNKNOWN, key="7") if one.key == "2" else one for one in four()]
     assert choose_series(others, {"t1": "7"})["t1"].series.key == "7"
     both = [*four(), series("t1 Gd", SPIN_T1, key="8")]
     assert choose_series(both, {"t1": "8"})["t1c"].series.key == "5"
 
 
-def test_all_that_is_missing_is_said_at_once() -> None:
+def test_everything_missing_is_reported_at_once() -> None:
     with pytest.raises(DataError, match=r"the t1c; .*--t1c SERIES; no series was recognised as the flair; .*--flair"):
         choose_series([one for one in four() if one.key in "23"])
 
 
-def test_a_choice_that_is_not_there_or_was_made_twice_is_refused() -> None:
+def test_an_unknown_or_repeated_choice_is_refused() -> None:
     with pytest.raises(DataError, match=r"--t1 77: no such series. There are 2, 5, 3, 4"):
         choose_series(four(), {"t1": "77"})
     with pytest.raises(DataError, match=r"series 2 was chosen as --t1c? and as --t1c?"):
         choose_series(four(), {"t1": "2", "t1c": "2"})
 
 
-def test_a_number_that_several_volumes_go_by_is_refused_with_their_names() -> None:
+def test_a_number_shared_by_several_volumes_is_refused_with_their_names() -> None:
     echoes = [series("t2", T2, key="3/1"), series("t2", T2, key="3/2")]
     with pytest.raises(DataError, match=r"--t2 3: 2 volumes match: 3/1 .*, 3/2 .* Give one of them by its first word"):
         choose_series([*four()[:2], *echoes, four()[3]], {"t2": "3"})
 
 
-def test_original_images_go_before_derived_ones() -> None:
+def test_original_images_are_preferred_to_derived_ones() -> None:
     derived = series("t2", T2, key="9", image_type=("DERIVED", "PRIMARY", "M"))
     assert choose_series([*four(), derived])["t2"].series.key == "3"
     assert choose_series([*[one for one in four() if one.key != "3"], derived])["t2"].series.key == "9"
 
 
-def test_whole_volumes_go_before_damaged_ones_which_are_refused_when_alone() -> None:
+def test_complete_volumes_are_preferred_and_a_lone_damaged_one_is_refused() -> None:
     damaged = series("t2", T2, key="9", problems=("2 slices are missing",))
     assert choose_series([*four(), damaged])["t2"].series.key == "3"
     with pytest.raises(DataError, match=r"t2: series 9 .*2 slices are missing.*--t2 SERIES"):
@@ -265,6 +269,6 @@ def test_a_series_is_found_by_contrast_number_or_uid() -> None:
     assert series_of([*four(), series("t2 cor", T2, key="9")], "t1c").key == "5"
 
 
-def test_timing_says_what_is_known() -> None:
+def test_timing_reports_what_is_known() -> None:
     assert timing(Acquisition(echo_ms=2.96)) == "TE 2.96 ms"
     assert timing(Acquisition()) == ""

@@ -84,13 +84,13 @@ def in_place_order(paths: list[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))
 
 
-def test_the_examples_hold() -> None:
+def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(series_choice).failed == 0
 
 
 @properties
 @given(angles=st.tuples(*[st.floats(-180, 180)] * 3), spacing=st.tuples(*[st.floats(0.4, 6)] * 3), flip=st.booleans())
-def test_every_voxel_lies_where_itk_puts_it(
+def test_every_voxel_is_where_itk_puts_it(
     angles: Any, spacing: Any, flip: bool, write_series: Write, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -115,20 +115,20 @@ def test_every_voxel_lies_where_itk_puts_it(
         assert np.allclose(theirs.TransformIndexToPhysicalPoint(same), point, atol=1e-3)
 
 
-def test_the_affine_is_that_of_the_voxels_that_were_written(stack: list[Path], voxels: Any) -> None:
+def test_the_affine_matches_the_written_voxels(stack: list[Path], voxels: Any) -> None:
     volume = read_only(stack[0].parent)
     assert np.array_equal(volume.voxels, voxels)
     assert np.allclose(volume.affine, STRAIGHT, atol=1e-6)
 
 
-def test_each_slice_has_a_slope_and_an_intercept_of_its_own(stack: list[Path], voxels: Any) -> None:
+def test_each_slice_has_its_own_slope_and_intercept(stack: list[Path], voxels: Any) -> None:
     for place, path in enumerate(in_place_order(stack)):
         change(path, RescaleSlope=place + 0.5, RescaleIntercept=-place)
     expected = voxels * (np.arange(8) + 0.5) - np.arange(8)
     assert np.allclose(read_only(stack[0].parent).voxels, expected)
 
 
-def test_frames_of_an_enhanced_object_are_put_in_order_and_rescaled(enhanced: tuple[Path, Any, Any]) -> None:
+def test_frames_of_an_enhanced_object_are_sorted_and_rescaled(enhanced: tuple[Path, Any, Any]) -> None:
     folder, expected, affine = enhanced
     with open_study(folder) as study:
         volume = read_series(study.series[0]).volume
@@ -146,7 +146,7 @@ def test_two_echoes_in_one_series_are_two_volumes(dicom_study: Path) -> None:
 @pytest.mark.parametrize(
     "field", ["TemporalPositionIdentifier", "AcquisitionNumber", "DiffusionBValue", "InversionTime", "ContentTime"]
 )
-def test_time_points_and_the_like_in_one_series_are_volumes(
+def test_time_points_and_similar_groups_in_one_series_are_separate_volumes(
     field: str, tmp_path: Path, voxels: Any, write_series: Write
 ) -> None:
     for value in (1, 2, 3):
@@ -158,13 +158,13 @@ def test_time_points_and_the_like_in_one_series_are_volumes(
             assert np.array_equal(read_series(series).volume.voxels, voxels + value)
 
 
-def test_the_time_of_each_slice_does_not_part_a_volume(stack: list[Path]) -> None:
+def test_per_slice_times_do_not_split_a_volume(stack: list[Path]) -> None:
     for place, path in enumerate(stack):
         change(path, AcquisitionNumber=place, ContentTime=f"10000{place}", AcquisitionTime=f"10000{place}")
     assert len(only_series(stack[0].parent).frames) == 8
 
 
-def test_orientations_in_one_series_are_volumes(tmp_path: Path, voxels: Any, write_series: Write) -> None:
+def test_orientations_in_one_series_are_separate_volumes(tmp_path: Path, voxels: Any, write_series: Write) -> None:
     turned = STRAIGHT[:, [0, 2, 1, 3]]
     for affine in (STRAIGHT, turned):
         write_series(tmp_path, voxels, affine, SeriesInstanceUID="1.2.3", SeriesNumber=1)
@@ -172,13 +172,13 @@ def test_orientations_in_one_series_are_volumes(tmp_path: Path, voxels: Any, wri
         assert [series.problems for series in study.series] == [(), ()]
 
 
-def test_a_name_cannot_command_a_terminal(stack: list[Path]) -> None:
+def test_a_name_cannot_send_control_sequences_to_a_terminal(stack: list[Path]) -> None:
     for path in stack:
         change(path, SeriesDescription="t1\x1b[2J\tse")
     assert only_series(stack[0].parent).acquisition.description == "t1 [2J se"
 
 
-def test_a_second_copy_of_an_image_is_passed_over(stack: list[Path]) -> None:
+def test_a_duplicate_image_is_skipped(stack: list[Path]) -> None:
     shutil.copy(stack[3], stack[3].with_name("copy.dcm"))
     assert only_series(stack[0].parent).problems == ()
 
@@ -213,14 +213,14 @@ def test_a_tilted_stack_is_refused(tmp_path: Path, voxels: Any, write_series: Wr
 
 
 @pytest.mark.parametrize("field", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
-def test_images_without_a_place_are_no_volume(stack: list[Path], field: str) -> None:
+def test_images_without_a_position_do_not_form_a_volume(stack: list[Path], field: str) -> None:
     for path in stack:
         change(path, **{field: None})
     assert "does not say where the voxels are" in refusal(stack[0].parent)
 
 
 @pytest.mark.parametrize("kind", ["RLE", "jp2klossless", "jpeg_ls_lossless", "implicit", "bigendian", "expb", "padded"])
-def test_pydicoms_own_image_is_the_same_in_every_transfer_syntax(kind: str, tmp_path: Path) -> None:
+def test_an_example_image_of_pydicom_is_the_same_in_every_transfer_syntax(kind: str, tmp_path: Path) -> None:
     shutil.copy(PYDICOM_FILES / f"MR_small_{kind}.dcm", tmp_path)
     plain = pydicom.dcmread(PYDICOM_FILES / "MR_small.dcm").pixel_array
     assert np.array_equal(read_only(tmp_path).voxels[:, :, 0], plain.T)
@@ -244,7 +244,7 @@ def test_jpeg_lossless_is_decoded_by_itk_with_slope_and_intercept(tmp_path: Path
     assert np.array_equal(read_only(tmp_path).voxels[:, :, 0], stored[0].T * 2.0 - 3)
 
 
-def test_a_transfer_syntax_that_nobody_decodes_is_named_with_what_to_install(tmp_path: Path) -> None:
+def test_an_undecodable_transfer_syntax_is_named_with_what_to_install(tmp_path: Path) -> None:
     image = pydicom.dcmread(PYDICOM_FILES / "MR_small_jp2klossless.dcm")
     image.file_meta.TransferSyntaxUID = pydicom.uid.MPEG2MPML
     image.save_as(tmp_path / "image")
@@ -253,7 +253,7 @@ def test_a_transfer_syntax_that_nobody_decodes_is_named_with_what_to_install(tmp
     assert "pylibjpeg" in refusal(tmp_path)
 
 
-def test_a_zip_is_read_as_the_folder_it_was_made_from(dicom_study: Path, tmp_path: Path) -> None:
+def test_a_zip_is_read_like_the_folder_it_was_made_from(dicom_study: Path, tmp_path: Path) -> None:
     archive = Path(shutil.make_archive(str(tmp_path / "study"), "zip", dicom_study))
     packed, plain = read_study(archive), read_study(dicom_study)
     assert packed.case_id == plain.case_id
@@ -268,9 +268,7 @@ def test_a_dicomdir_stands_for_its_folder() -> None:
         assert len(files) == 50
 
 
-def test_files_that_a_dicomdir_lists_and_that_are_not_there_are_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_files_that_a_dicomdir_lists_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(PYDICOM_FILES / "dicomdirtests" / "TINY_ALPHA", tmp_path / "disc")
     with dicom_files.dicom_files(tmp_path / "disc"):
         assert caplog.text == ""
@@ -280,7 +278,7 @@ def test_files_that_a_dicomdir_lists_and_that_are_not_there_are_told(
         assert "3 files that its DICOMDIR lists are missing" in caplog.text
 
 
-def test_a_single_file_is_a_study_too() -> None:
+def test_a_single_file_can_be_a_study() -> None:
     with open_study(PYDICOM_FILES / "dicomdirtests" / "98892003" / "MR1" / "4919") as study:
         assert identify(study.series[0]).reason == "a localizer (name 'FAST LOCALIZER')"
 
@@ -289,7 +287,7 @@ def test_a_disc_of_several_patients_is_refused() -> None:
     assert "patients" in refusal(PYDICOM_FILES / "dicomdirtests" / "DICOMDIR")
 
 
-def test_files_of_several_patients_are_refused_without_repeating_who_they_are(stack: list[Path]) -> None:
+def test_files_of_several_patients_are_refused_without_naming_the_patients(stack: list[Path]) -> None:
     change(stack[0], PatientID="PID-0815")
     message = refusal(stack[0].parent)
     assert "files of 2 patients (PatientID differs" in message
@@ -297,7 +295,7 @@ def test_files_of_several_patients_are_refused_without_repeating_who_they_are(st
     assert "4711" not in message
 
 
-def test_patients_are_told_apart_by_name_where_no_id_is_given(stack: list[Path]) -> None:
+def test_patients_without_an_id_are_distinguished_by_name(stack: list[Path]) -> None:
     for path in stack:
         change(path, PatientID="")
     change(stack[0], PatientName="MUSTERMANN^ERIKA ")
@@ -306,7 +304,7 @@ def test_patients_are_told_apart_by_name_where_no_id_is_given(stack: list[Path])
     assert "files of 2 patients (PatientName differs" in refusal(stack[0].parent)
 
 
-def test_of_two_studies_one_must_be_chosen(stack: list[Path], voxels: Any, write_series: Write) -> None:
+def test_with_two_studies_one_must_be_chosen(stack: list[Path], voxels: Any, write_series: Write) -> None:
     write_series(stack[0].parent / "later", voxels + 1, STRAIGHT, StudyInstanceUID="1.2.3.4")
     assert "2 studies: 1.2.3.4 (8 files)" in refusal(stack[0].parent)
     with open_study(stack[0].parent, study_uid="1.2.3.4") as study:
@@ -315,12 +313,12 @@ def test_of_two_studies_one_must_be_chosen(stack: list[Path], voxels: Any, write
         pass
 
 
-def test_a_file_without_bytes_is_refused_beside_images(stack: list[Path]) -> None:
+def test_an_empty_file_next_to_images_is_refused(stack: list[Path]) -> None:
     (stack[0].parent / "IM0099").touch()
     assert "damaged: IM0099: the file is empty" in refusal(stack[0].parent)
 
 
-def test_other_files_and_links_out_of_the_folder_are_passed_over(stack: list[Path], tmp_path: Path) -> None:
+def test_other_files_and_symlinks_out_of_the_folder_are_skipped(stack: list[Path], tmp_path: Path) -> None:
     folder = stack[0].parent
     (folder / "notes.pdf").write_bytes(b"%PDF-1.4")
     (folder / "empty.log").touch()
@@ -338,7 +336,9 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
 
 @properties
 @given(share=st.floats(0, 0.98))  # the rest of the file is padding
-def test_an_image_cut_anywhere_is_refused_in_words(share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_image_truncated_anywhere_is_refused_with_a_clear_message(
+    share: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     content = (PYDICOM_FILES / "MR_small.dcm").read_bytes()
     folder = tmp_path_factory.mktemp("cut")
     (folder / "IM1").write_bytes(content[: int(share * len(content))])
@@ -347,7 +347,7 @@ def test_an_image_cut_anywhere_is_refused_in_words(share: float, tmp_path_factor
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(["MR_small", "MR_small_RLE", "MR_small_jp2klossless"]))
-def test_an_image_with_flipped_bytes_is_read_or_refused_in_words(
+def test_an_image_with_flipped_bytes_is_read_or_refused_with_a_clear_message(
     seed: int, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     random = np.random.default_rng(seed)
@@ -365,13 +365,13 @@ def test_an_image_with_flipped_bytes_is_read_or_refused_in_words(
         assert str(error)  # noqa: PT017 - success is allowed too
 
 
-def test_a_header_that_announces_other_voxels_than_there_are_is_refused(stack: list[Path]) -> None:
+def test_a_header_that_contradicts_the_voxel_data_is_refused(stack: list[Path]) -> None:
     change(stack[2], Rows=9, NumberOfFrames=2)
     assert refusal(stack[0].parent)
 
 
 @pytest.mark.parametrize("fields", [{"NumberOfFrames": 10**9}, {"Rows": 60000, "Columns": 60000}])
-def test_a_small_file_that_announces_a_large_image_is_not_decoded(fields: dict[str, int], tmp_path: Path) -> None:
+def test_a_small_file_that_claims_a_large_image_is_not_decoded(fields: dict[str, int], tmp_path: Path) -> None:
     shutil.copy(PYDICOM_FILES / "MR_small_RLE.dcm", tmp_path / "a")
     change(tmp_path / "a", **fields)
     assert "announces more than 1073741824 voxels or 20000 frames" in refusal(tmp_path)
@@ -385,13 +385,13 @@ def test_an_object_without_voxels_is_listed_and_not_read(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["SC_rgb_rle_2frame", "liver_1frame", "rtdose", "reportsi", "CT_small", "rtstruct"])
-def test_other_kinds_of_objects_are_none_of_the_contrasts(name: str, tmp_path: Path) -> None:
+def test_other_kinds_of_objects_are_not_contrasts(name: str, tmp_path: Path) -> None:
     shutil.copy(PYDICOM_FILES / f"{name}.dcm", tmp_path)
     with open_study(tmp_path) as study:
         assert [identify(series).contrast for series in study.series] == [None]
 
 
-def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
+def test_anything_that_is_not_a_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     assert "no DICOM file among 1 file" in refusal(tmp_path)
     assert "no DICOM file among 1 file" in refusal(tmp_path / "notes.txt")
@@ -406,7 +406,7 @@ def zipped(path: Path, files: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["../evil.dcm", "a/../../evil.dcm", "/etc/evil.dcm", "..\\evil.dcm", "C:\\evil.dcm"])
-def test_an_archive_that_points_out_of_itself_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_archive_with_paths_outside_itself_is_refused(name: str, tmp_path: Path) -> None:
     content = (PYDICOM_FILES / "MR_small.dcm").read_bytes()
     assert "leads out of the archive" in refusal(zipped(tmp_path / "a.zip", {name: content}))
 
@@ -420,15 +420,13 @@ def test_an_archive_with_a_password_is_refused(tmp_path: Path) -> None:
     assert "protected by a password" in refusal(archive)
 
 
-def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_would_exhaust_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = zipped(tmp_path / "a.zip", {"a": bytes(10**6), "b": bytes(10**6)})
     monkeypatch.setattr(dicom_files, "MAX_ARCHIVE_BYTES", 10**6)
     assert "would unpack to 2000000 bytes, more than the 1000000 allowed" in refusal(archive)
 
 
-def test_a_large_file_in_an_archive_is_not_unpacked_to_find_that_it_is_none_of_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_non_dicom_file_in_an_archive_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = (PYDICOM_FILES / "MR_small.dcm").read_bytes()
     archive = zipped(tmp_path / "a.zip", {"a.dcm": content, "zeros": bytes(10**8)})
     opened: list[str] = []
@@ -445,7 +443,9 @@ def test_a_large_file_in_an_archive_is_not_unpacked_to_find_that_it_is_none_of_o
 
 @properties
 @given(seed=st.integers(0, 10**6))
-def test_a_damaged_archive_is_read_or_refused_in_words(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_damaged_archive_is_read_or_refused_with_a_clear_message(
+    seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("archive")
     archive = zipped(folder / "a.zip", {"a.dcm": (PYDICOM_FILES / "MR_small.dcm").read_bytes()})
     random = np.random.default_rng(seed)
@@ -464,14 +464,14 @@ def images(dicom_study: Path) -> StudyImages:
     return read_study(dicom_study)
 
 
-def test_the_four_contrasts_are_read_each_on_its_own_grid(images: StudyImages) -> None:
+def test_each_of_the_four_contrasts_is_read_on_its_own_grid(images: StudyImages) -> None:
     assert [(c, choice.series.key) for c, choice in images.choices.items()] == [
         *(("t1", "2"), ("t1c", "7"), ("t2", "4/2"), ("flair", "3"))
     ]
     assert {c: image.GetSize() for c, image in images.images.items()}["flair"] == (18, 20, 12)
 
 
-def test_a_case_is_written_as_it_was_read(images: StudyImages, tmp_path: Path) -> None:
+def test_a_case_is_written_exactly_as_it_was_read(images: StudyImages, tmp_path: Path) -> None:
     folder = write_dicom_case(tmp_path, images, case_id="one")
     assert sorted(path.name for path in folder.iterdir()) == [
         f"one_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "t2")
@@ -491,7 +491,7 @@ def test_itk_sees_the_written_case_where_it_sees_the_study(images: StudyImages, 
         )
 
 
-def test_a_case_that_is_there_is_not_overwritten(images: StudyImages, tmp_path: Path) -> None:
+def test_an_existing_case_is_not_overwritten(images: StudyImages, tmp_path: Path) -> None:
     write_dicom_case(tmp_path, images)
     with pytest.raises(DataError, match="already exists and is not overwritten"):
         write_dicom_case(tmp_path, images)
@@ -499,13 +499,13 @@ def test_a_case_that_is_there_is_not_overwritten(images: StudyImages, tmp_path: 
 
 
 @pytest.mark.parametrize("case_id", ["../out", "a/b", ".hidden", ""])
-def test_an_id_that_is_no_file_name_is_refused(case_id: str, images: StudyImages, tmp_path: Path) -> None:
+def test_an_id_that_is_not_a_valid_file_name_is_refused(case_id: str, images: StudyImages, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         write_dicom_case(tmp_path, images, case_id=case_id)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_of_the_patient_leaves_the_study(
+def test_no_patient_data_leaves_the_study(
     dicom_study: Path, images: StudyImages, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

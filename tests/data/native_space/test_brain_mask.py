@@ -68,12 +68,12 @@ def dice(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
     return float(2 * (first & second).sum() / (first.sum() + second.sum()))
 
 
-def test_a_brain_on_zero_is_stripped_and_a_head_is_not(t1c: Volume, head: Volume) -> None:
+def test_a_brain_on_zeros_counts_as_stripped_and_a_head_does_not(t1c: Volume, head: Volume) -> None:
     assert is_stripped(image_of(t1c))
     assert not is_stripped(image_of(head))
 
 
-def test_a_head_on_a_background_of_zero_is_not_taken_for_a_brain(head: Volume) -> None:
+def test_a_head_on_a_zero_background_is_not_mistaken_for_a_brain(head: Volume) -> None:
     cleaned = Volume(voxels=np.where(head.voxels > 10, head.voxels, 0), affine=head.affine, path=head.path)
     assert (cleaned.voxels == 0).any()
     assert not is_stripped(image_of(cleaned))
@@ -86,11 +86,11 @@ def test_a_stripped_image_keeps_its_own_mask(t1c: Volume) -> None:
     assert dice(mask_of(found), t1c.voxels > 0) > 0.999
 
 
-def test_nothing_is_masked_where_none_is_asked_for(t1c: Volume) -> None:
+def test_nothing_is_masked_with_none(t1c: Volume) -> None:
     assert find_brain(image_of(t1c), image_of(t1c), "none", name="a").mask is None
 
 
-def test_a_given_mask_is_taken_from_any_grid(t1c: Volume, head: Volume, tmp_path: Path) -> None:
+def test_a_given_mask_may_be_on_any_grid(t1c: Volume, head: Volume, tmp_path: Path) -> None:
     turned = Volume(voxels=t1c.voxels[::-1], affine=t1c.affine @ flip(t1c.voxels.shape[0]), path=t1c.path)
     path = mask_file(tmp_path / "mask.nii.gz", turned)
     found = find_brain(image_of(head), image_of(head), str(path), name="a")
@@ -104,7 +104,7 @@ def flip(count: int) -> npt.NDArray[np.float64]:
     return matrix
 
 
-def test_a_mask_that_lies_elsewhere_is_refused(t1c: Volume, tmp_path: Path) -> None:
+def test_a_mask_that_does_not_overlap_the_image_is_refused(t1c: Volume, tmp_path: Path) -> None:
     far = t1c.affine.copy()
     far[:3, 3] += 1000
     path = mask_file(tmp_path / "mask.nii.gz", Volume(voxels=t1c.voxels, affine=far, path=t1c.path))
@@ -112,7 +112,7 @@ def test_a_mask_that_lies_elsewhere_is_refused(t1c: Volume, tmp_path: Path) -> N
         find_brain(image_of(t1c), image_of(t1c), str(path), name="a")
 
 
-def test_a_mask_that_is_not_there_is_named(t1c: Volume, tmp_path: Path) -> None:
+def test_a_missing_mask_is_named(t1c: Volume, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.nii\.gz: no such file"):
         find_brain(image_of(t1c), image_of(t1c), str(tmp_path / "nowhere.nii.gz"), name="a")
 
@@ -129,7 +129,7 @@ def test_a_tool_that_is_not_installed_is_named(
 @pytest.mark.parametrize(
     ("tool", "command", "option"), [("hd-bet", "hd-bet", "-o"), ("synthstrip", "mri_synthstrip", "-m")]
 )
-def test_an_installed_tool_is_found_and_its_mask_taken(
+def test_an_installed_tool_is_found_and_its_mask_used(
     *, tool: str, command: str, option: str, t1c: Volume, head: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed(tmp_path / "bin", command, mask_file(tmp_path / "made.nii.gz", t1c), option)
@@ -139,7 +139,7 @@ def test_an_installed_tool_is_found_and_its_mask_taken(
     assert np.array_equal(mask_of(found), t1c.voxels > 0)
 
 
-def test_a_tool_that_fails_is_quoted(t1c: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_a_failing_tool_is_quoted(t1c: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hd-bet").write_text("#!/bin/sh\necho 'no weights to be had' >&2\nexit 3\n")
     (tmp_path / "hd-bet").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
@@ -148,7 +148,7 @@ def test_a_tool_that_fails_is_quoted(t1c: Volume, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_the_template_finds_the_brain_of_a_head_and_says_that_it_is_coarse(t1c: Volume, head: Volume) -> None:
+def test_the_template_finds_the_brain_in_a_head_and_warns_that_it_is_coarse(t1c: Volume, head: Volume) -> None:
     found = find_brain(image_of(head), image_of(head), "atlas", name="a")
     assert (found.source, found.coarse) == ("atlas", True)
     assert "coarse" in found.warnings[0]

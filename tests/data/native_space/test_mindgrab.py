@@ -40,14 +40,14 @@ def head(order: str = "RAS", side: int = 48, spacing_mm: float = 2.0) -> sitk.Im
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_mask_comes_back_on_the_grid_of_the_image(order: str) -> None:
+def test_the_mask_is_on_the_grid_of_the_image(order: str) -> None:
     image = head(order)
     mask = voxels_of(mindgrab_mask(image, bright, name="A"))
     brain = voxels_of(image) > 0.5
     assert 2 * (mask & brain).sum() / (mask.sum() + brain.sum()) > 0.98
 
 
-def test_the_frame_is_lia_at_1_mm_around_the_middle_of_the_image() -> None:
+def test_the_frame_is_lia_at_1_mm_centred_on_the_image() -> None:
     image = head()
     frame = network_frame(image)
     assert frame.size == (256, 256, 256)
@@ -58,7 +58,7 @@ def test_the_frame_is_lia_at_1_mm_around_the_middle_of_the_image() -> None:
     assert np.abs(middle[:3] - expected).max() <= 1.5
 
 
-def test_the_whole_frame_is_computed_for_the_mask_and_a_part_for_the_comparison() -> None:
+def test_the_mask_uses_the_whole_frame_and_the_comparison_a_part() -> None:
     shapes = []
 
     def watched(values: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
@@ -71,7 +71,7 @@ def test_the_whole_frame_is_computed_for_the_mask_and_a_part_for_the_comparison(
     assert all(80 <= side <= 100 for side in shapes[1])
 
 
-def test_intensities_are_cut_at_the_quantiles() -> None:
+def test_intensities_are_clipped_at_the_quantiles() -> None:
     values = scaled_intensities(np.arange(1000, dtype=np.float32))
     assert values.min() == 0
     assert values.max() == 1
@@ -82,7 +82,7 @@ def test_a_constant_image_is_scaled_without_a_warning() -> None:
     assert not scaled_intensities(np.full(10, 3, dtype=np.float32)).any()
 
 
-def test_the_largest_part_is_kept_with_its_holes_filled() -> None:
+def test_the_largest_component_is_kept_with_its_holes_filled() -> None:
     mask = np.zeros((12, 12, 12), dtype=bool)
     mask[1:6, 1:6, 1:6] = True
     mask[3, 3, 3] = False
@@ -92,7 +92,7 @@ def test_the_largest_part_is_kept_with_its_holes_filled() -> None:
     assert not kept[9:, 9:, 9:].any()
 
 
-def test_a_network_that_marks_nothing_is_named() -> None:
+def test_an_empty_mask_from_the_network_is_reported() -> None:
     with pytest.raises(DataError, match="case A: MindGrab found no brain"):
         mindgrab_mask(head(), lambda values: np.zeros(values.shape, dtype=bool), name="A")
 
@@ -105,16 +105,16 @@ def test_a_contrast_with_another_brain_is_named() -> None:
     assert [warning.partition(":")[0] for warning in found.warnings if "differs" in warning] == ["t2"]
 
 
-def test_agreement_is_1_with_the_own_mask() -> None:
+def test_a_mask_agrees_perfectly_with_itself() -> None:
     image = head()
     assert mask_agreement(image, mindgrab_mask(image, bright, name="A"), bright) > 0.98
 
 
-def test_mindgrab_that_is_not_installed_is_refused_with_the_command() -> None:
+def test_if_mindgrab_is_not_installed_the_error_gives_the_command() -> None:
     with pytest.raises(DataError, match="znormseg model download mindgrab"):
         require_mask("mindgrab")
 
 
-def test_auto_takes_mindgrab_before_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_mindgrab_to_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert find_brain(head(), head(), "auto", name="A", network=bright).source == "mindgrab"

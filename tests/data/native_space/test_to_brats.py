@@ -223,17 +223,17 @@ def prepared_case(native: Native) -> BratsCase:
 
 
 @pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
-def test_a_known_motion_is_found_again(contrast: str, native: Native, prepared_case: BratsCase) -> None:
+def test_a_known_motion_is_recovered(contrast: str, native: Native, prepared_case: BratsCase) -> None:
     # Voxels are 4 mm, slices up to 12 mm thick.
     assert native.errors_mm(prepared_case, contrast).mean() < 2.0
 
 
 @pytest.mark.parametrize("contrast", list(ENDINGS))
-def test_the_truth_comes_back_to_every_scan(contrast: str, native: Native, prepared_case: BratsCase) -> None:
+def test_the_true_label_map_maps_back_to_every_scan(contrast: str, native: Native, prepared_case: BratsCase) -> None:
     assert there_and_back(prepared_case, native, contrast)["WT"] > 0.85
 
 
-def test_the_grid_is_upright_in_the_order_of_brats(prepared_case: BratsCase) -> None:
+def test_the_grid_is_axis_aligned_in_brats_order(prepared_case: BratsCase) -> None:
     assert np.array_equal(prepared_case.grid.affine[:3, :3], np.diag([-2.0, -2.0, 2.0]))
     assert {image.shape for image in prepared_case.images.values()} == {prepared_case.grid.size}
 
@@ -244,7 +244,7 @@ def test_a_stripped_image_keeps_its_own_background(prepared_case: BratsCase) -> 
     assert np.mean(np.all(outside, axis=0)) > 0.5
 
 
-def test_what_is_written_is_a_case_that_can_be_trained_on(prepared_case: BratsCase, tmp_path: Path) -> None:
+def test_the_written_case_can_be_trained_on(prepared_case: BratsCase, tmp_path: Path) -> None:
     place = write_brats_case(prepared_case, tmp_path / "out")
     (case,) = find_cases(tmp_path / "out")
     prepared = prepare(case, convention=BRATS2021)
@@ -255,7 +255,7 @@ def test_what_is_written_is_a_case_that_can_be_trained_on(prepared_case: BratsCa
     assert json.loads((place / "prepare.json").read_text())["mask"]["source"] == "own"
 
 
-def test_the_network_gets_what_the_written_files_give(prepared_case: BratsCase, tmp_path: Path) -> None:
+def test_the_network_input_equals_that_of_the_written_files(prepared_case: BratsCase, tmp_path: Path) -> None:
     write_brats_case(prepared_case, tmp_path)
     volumes = {contrast: partial(prepared_case.volume, contrast) for contrast in CONTRASTS}
     direct, (case,) = prepare_volumes(volumes, case_id=prepared_case.id), find_cases(tmp_path)
@@ -263,7 +263,7 @@ def test_the_network_gets_what_the_written_files_give(prepared_case: BratsCase, 
         assert np.array_equal(getattr(direct, name), value), name
 
 
-def test_a_written_transform_is_the_one_found(prepared_case: BratsCase, tmp_path: Path) -> None:
+def test_a_written_transform_equals_the_estimated_one(prepared_case: BratsCase, tmp_path: Path) -> None:
     import SimpleITK as sitk  # noqa: N813
 
     place = write_brats_case(prepared_case, tmp_path)
@@ -272,28 +272,28 @@ def test_a_written_transform_is_the_one_found(prepared_case: BratsCase, tmp_path
         assert np.allclose(linear_part(stored), linear_part(prepared_case.transform(contrast)))  # type: ignore[arg-type]
 
 
-def test_a_case_is_not_written_over_another(prepared_case: BratsCase, tmp_path: Path) -> None:
+def test_a_case_does_not_overwrite_another(prepared_case: BratsCase, tmp_path: Path) -> None:
     write_brats_case(prepared_case, tmp_path)
     with pytest.raises(DataError, match="already exists"):
         write_brats_case(prepared_case, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_same_scans_give_the_same_transform_again(native: Native, prepared_case: BratsCase) -> None:
+def test_the_same_scans_give_the_same_transform(native: Native, prepared_case: BratsCase) -> None:
     again = register_rigid(native.case.images["t1c"], native.case.images["t2"], name="t2")
     first = prepared_case.registrations["t2"]
     assert replace(again, transform=first.transform, cpu_seconds=0) == replace(first, cpu_seconds=0)
     assert again.transform.GetParameters() == first.transform.GetParameters()
 
 
-def test_a_scan_of_something_else_is_refused_by_name(native: Native) -> None:
+def test_a_scan_of_something_else_is_refused_and_named(native: Native) -> None:
     noise = np.random.default_rng(0).random((60, 60, 40)).astype(np.float32)
     image = to_itk(noise, np.diag([4.0, 4.0, 4.0, 1.0]))
     with pytest.raises(DataError, match="t1 could not be registered to t1c"):
         register_rigid(native.case.images["t1c"], image, name="t1")
 
 
-def test_a_label_map_comes_back_where_it_was_on_its_own_grid() -> None:
+def test_a_label_map_maps_back_to_its_position_on_its_own_grid() -> None:
     import SimpleITK as sitk  # noqa: N813
 
     codes = np.zeros((12, 10, 8), dtype=np.uint8)
@@ -305,7 +305,7 @@ def test_a_label_map_comes_back_where_it_was_on_its_own_grid() -> None:
     assert np.array_equal(back, codes)
 
 
-def test_each_region_has_its_threshold_on_the_way_back() -> None:
+def test_each_region_has_its_own_threshold_when_mapped_back() -> None:
     import SimpleITK as sitk  # noqa: N813
 
     shares = np.random.default_rng(0).choice([0.2, 0.4, 0.6, 0.8], (3, 8, 8, 8)).astype(np.float32)
@@ -315,7 +315,7 @@ def test_each_region_has_its_threshold_on_the_way_back() -> None:
     assert np.array_equal(to_regions(codes), np.stack([whole, whole & core, whole & core & enhancing]))
 
 
-def test_regions_that_are_not_nested_come_back_nested() -> None:
+def test_non_nested_regions_are_nested_when_mapped_back() -> None:
     import SimpleITK as sitk  # noqa: N813
 
     shares = np.random.default_rng(0).choice([0.2, 0.4, 0.6, 0.8], (3, 8, 8, 8)).astype(np.float32)
@@ -326,7 +326,7 @@ def test_regions_that_are_not_nested_come_back_nested() -> None:
     assert np.array_equal(to_regions(codes)[2], whole & core & enhancing)
 
 
-def test_a_straight_image_of_the_wanted_spacing_is_not_interpolated(phantoms: Path) -> None:
+def test_an_axis_aligned_image_with_the_target_spacing_is_not_interpolated(phantoms: Path) -> None:
     (case,) = find_cases(sorted(phantoms.iterdir())[0])
     native = read_native(case)
     grid = upright_grid(native.images["t1c"], 4.0)
@@ -335,7 +335,7 @@ def test_a_straight_image_of_the_wanted_spacing_is_not_interpolated(phantoms: Pa
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_a_grid_keeps_the_voxel_centres_of_a_straight_image_in_any_order(order: tuple[int, int, int]) -> None:
+def test_a_grid_keeps_the_voxel_centres_of_an_axis_aligned_image_in_any_order(order: tuple[int, int, int]) -> None:
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     affine[:3, 3] = (90.3, 120.7, -60.1)
     change = np.column_stack([order, (1, -1, -1)])
@@ -362,7 +362,7 @@ def test_a_grid_covers_an_oblique_image() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL_CASES)
-def test_a_real_case_on_four_grids_is_brought_in_and_back(name: str, real_cases: Path) -> None:
+def test_a_real_case_on_four_grids_survives_the_round_trip(name: str, real_cases: Path) -> None:
     native = native_of(real_cases / name, coarser=1.0)
     prepared_case = prepare_native(native.case, PrepareConfig())
     scores = {contrast: there_and_back(prepared_case, native, contrast) for contrast in ENDINGS}

@@ -85,19 +85,19 @@ def varied(settings: AugmentConfig, image: Image, codes: Codes, seed: int = 0) -
 
 @properties
 @given(seeds)
-def test_the_same_state_of_the_generator_gives_the_same_patch(seed: int) -> None:
+def test_the_same_generator_state_gives_the_same_patch(seed: int) -> None:
     first, second = (varied(STRONG, *patch(), seed) for _ in range(2))
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
 
 
-def test_another_state_of_the_generator_gives_another_patch() -> None:
+def test_another_generator_state_gives_another_patch() -> None:
     assert not np.array_equal(varied(STRONG, *patch(), 1)[0], varied(STRONG, *patch(), 2)[0])
 
 
 @properties
 @given(seeds)
-def test_a_config_of_zeros_leaves_the_patch_as_it_is(seed: int) -> None:
+def test_a_config_of_zeros_leaves_the_patch_unchanged(seed: int) -> None:
     image, codes = patch(seed)
     same_image, same_codes = varied(IDENTITY, image, codes, seed)
     np.testing.assert_array_equal(same_image, image)
@@ -106,7 +106,7 @@ def test_a_config_of_zeros_leaves_the_patch_as_it_is(seed: int) -> None:
 
 @properties
 @given(seeds)
-def test_the_patch_given_is_not_changed(seed: int) -> None:
+def test_the_input_patch_is_not_modified(seed: int) -> None:
     image, codes = patch()
     varied(STRONG, image, codes, seed)
     np.testing.assert_array_equal(image, patch()[0])
@@ -115,7 +115,7 @@ def test_the_patch_given_is_not_changed(seed: int) -> None:
 
 @properties
 @given(seeds)
-def test_outside_of_the_brain_stays_0_where_nothing_moves(seed: int) -> None:
+def test_without_geometry_everything_outside_the_brain_stays_0(seed: int) -> None:
     image, codes = patch()
     still = {"flip": 0.0, "affine": 0.0, "rotation": 0.0, "scaling": 0.0}
     settings = replace(STRONG, **{f"{name}_probability": chance for name, chance in still.items()})
@@ -126,7 +126,7 @@ def test_outside_of_the_brain_stays_0_where_nothing_moves(seed: int) -> None:
 
 @properties
 @given(seeds)
-def test_a_moved_patch_is_0_outside_of_the_moved_brain(seed: int) -> None:
+def test_a_moved_patch_is_0_outside_the_moved_brain(seed: int) -> None:
     image, codes = blob()
     moved, _ = varied(config(affine_probability=1, rotation_degrees=180), image, codes, seed)
     changed, _ = varied(
@@ -143,7 +143,7 @@ def test_a_moved_patch_is_0_outside_of_the_moved_brain(seed: int) -> None:
 
 @properties
 @given(seeds)
-def test_results_keep_shape_and_type_and_are_finite(seed: int) -> None:
+def test_results_keep_shape_and_dtype_and_are_finite(seed: int) -> None:
     image, codes = varied(STRONG, *patch(), seed)
     assert (image.dtype, codes.dtype, image.shape, codes.shape) == (np.float32, np.uint8, (4, *SHAPE), SHAPE)
     assert np.isfinite(image).all()
@@ -153,7 +153,7 @@ def test_results_keep_shape_and_type_and_are_finite(seed: int) -> None:
 
 @properties
 @given(seeds)
-def test_no_code_appears_that_was_not_there(seed: int) -> None:
+def test_no_new_code_appears(seed: int) -> None:
     image, codes = patch()
     codes[codes == 2] = 0
     assert set(np.unique(varied(STRONG, image, codes, seed)[1])) <= {0, 1, 3}
@@ -186,7 +186,7 @@ def test_codes_of_a_moved_patch_stay_on_the_image(seed: int, shape: tuple[int, i
 
 @properties
 @given(seeds)
-def test_a_rotation_keeps_the_volume_of_a_ball_whatever_the_sides_of_the_patch(seed: int) -> None:
+def test_a_rotation_keeps_the_volume_of_a_ball_in_a_patch_of_any_shape(seed: int) -> None:
     distance = (np.indices((20, 28, 36)) - np.array([9.5, 13.5, 17.5]).reshape(3, 1, 1, 1)) ** 2
     codes = (distance.sum(axis=0) < 64).astype(np.uint8)
     image = np.repeat(codes[None].astype(np.float32), 4, axis=0)
@@ -196,7 +196,7 @@ def test_a_rotation_keeps_the_volume_of_a_ball_whatever_the_sides_of_the_patch(s
 
 @properties
 @given(seeds)
-def test_an_affine_of_no_strength_leaves_the_codes_where_they_are(seed: int) -> None:
+def test_an_identity_affine_does_not_move_the_codes(seed: int) -> None:
     image, codes = patch(seed)
     same_image, same_codes = varied(config(affine_probability=1), image, codes, seed)
     np.testing.assert_array_equal(same_codes, codes)
@@ -205,7 +205,7 @@ def test_an_affine_of_no_strength_leaves_the_codes_where_they_are(seed: int) -> 
 
 @properties
 @given(seeds)
-def test_scale_makes_things_at_most_so_much_larger_or_smaller(seed: int) -> None:
+def test_scaling_stays_within_its_bounds(seed: int) -> None:
     distance = ((np.indices((32, 32, 32)) - 15.5) ** 2).sum(axis=0)
     codes = (distance < 100).astype(np.uint8)
     image = np.repeat(codes[None].astype(np.float32), 4, axis=0)
@@ -256,7 +256,7 @@ def test_noise_has_the_standard_deviation_that_was_drawn() -> None:
 @pytest.mark.parametrize("name", INTENSITIES)
 @properties
 @given(seeds)
-def test_an_intensity_changes_within_the_brain_and_no_code_changes(name: str, seed: int) -> None:
+def test_an_intensity_transform_changes_the_brain_and_no_code(name: str, seed: int) -> None:
     image, codes = patch(seed)
     changed, same = varied(config(**INTENSITIES[name]), image, codes, seed)
     np.testing.assert_array_equal(same, codes)
@@ -269,7 +269,7 @@ def test_an_intensity_changes_within_the_brain_and_no_code_changes(name: str, se
 @pytest.mark.parametrize("name", GEOMETRY)
 @properties
 @given(seeds)
-def test_geometry_moves_codes_and_image_and_changes_no_intensity(name: str, seed: int) -> None:
+def test_geometry_moves_codes_and_image_without_changing_intensities(name: str, seed: int) -> None:
     codes = patch(seed)[1]
     image = np.repeat((codes > 0)[None], 4, axis=0).astype(np.float32)
     moved, labels = varied(config(**GEOMETRY[name]), image, codes, seed)
@@ -281,7 +281,7 @@ def test_geometry_moves_codes_and_image_and_changes_no_intensity(name: str, seed
 
 
 @pytest.mark.parametrize("name", [*INTENSITIES, *GEOMETRY])
-def test_a_probability_of_0_leaves_the_patch_whatever_the_strength(name: str) -> None:
+def test_a_probability_of_0_leaves_the_patch_unchanged_at_any_strength(name: str) -> None:
     settings = {**INTENSITIES, **GEOMETRY}[name]
     off = {key: 0.0 if key.endswith("probability") else value for key, value in settings.items()}
     image, codes = patch()
@@ -298,7 +298,7 @@ def test_the_same_seed_gives_the_same_change(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in INTENSITIES if name != "noise"])
-def test_a_probability_counts_for_each_contrast_by_itself(name: str) -> None:
+def test_a_probability_applies_to_each_contrast_independently(name: str) -> None:
     settings = {k: 0.3 if k.endswith("probability") else v for k, v in INTENSITIES[name].items()}
     image, codes = patch(shape=(8, 8, 8))
     changed = [
@@ -310,7 +310,7 @@ def test_a_probability_counts_for_each_contrast_by_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*INTENSITIES, *GEOMETRY])
-def test_switching_one_on_changes_what_is_drawn_for_no_other(name: str) -> None:
+def test_enabling_one_transform_does_not_change_the_draws_of_others(name: str) -> None:
     settings = {**INTENSITIES, **GEOMETRY}[name]
     plain = draw_augmentation(STRONG, 4, np.random.default_rng(5))
     other = draw_augmentation(replace(STRONG, **dict.fromkeys(settings, 0.0)), 4, np.random.default_rng(5))
@@ -320,7 +320,7 @@ def test_switching_one_on_changes_what_is_drawn_for_no_other(name: str) -> None:
 
 @properties
 @given(seeds, st.sampled_from([{"rotation_probability": 1.0}, {"scaling_probability": 1.0}]))
-def test_rotation_and_scaling_have_a_strength_of_their_own(seed: int, on: dict[str, float]) -> None:
+def test_rotation_and_scaling_have_separate_strengths(seed: int, on: dict[str, float]) -> None:
     settings = config(**on, rotation_degrees=30, scaling=0.4)
     matrix = draw_augmentation(settings, 4, np.random.default_rng(seed)).matrix
     assert matrix is not None
@@ -333,7 +333,7 @@ def test_rotation_and_scaling_have_a_strength_of_their_own(seed: int, on: dict[s
         assert 1 / 1.4 - 1e-5 <= size <= 1.4 + 1e-5
 
 
-def test_augmentation_of_a_patch_without_brain_leaves_it_empty() -> None:
+def test_augmentation_leaves_a_patch_without_brain_empty() -> None:
     image, codes = np.zeros((4, 8, 8, 8), np.float32), np.zeros((8, 8, 8), np.uint8)
     assert not varied(STRONG, image, codes)[0].any()
 
@@ -343,7 +343,7 @@ def test_augmentation_of_a_patch_without_brain_leaves_it_empty() -> None:
 
 @properties
 @given(seeds)
-def test_a_lost_contrast_is_0_and_the_others_are_as_without_the_loss(seed: int) -> None:
+def test_a_dropped_contrast_is_0_and_the_others_are_unaffected(seed: int) -> None:
     image, codes = patch(seed)
     whole, whole_codes = varied(STRONG, image, codes, seed)
     settings = replace(STRONG, contrast_dropout=1.0)
@@ -362,18 +362,18 @@ def test_each_of_the_fourteen_proper_subsets_is_drawn_equally_often() -> None:
     assert max(counts.values()) < 250
 
 
-def test_contrasts_are_lost_as_often_as_the_config_says() -> None:
+def test_contrasts_are_dropped_as_often_as_configured() -> None:
     rng = np.random.default_rng(0)
     lossy = [not all(draw_augmentation(config(contrast_dropout=0.3), 4, rng).present) for _ in range(1000)]
     assert np.mean(lossy) == pytest.approx(0.3, abs=0.04)
 
 
-def test_a_single_contrast_is_never_lost() -> None:
+def test_a_single_contrast_is_never_dropped() -> None:
     rng = np.random.default_rng(0)
     assert {draw_augmentation(config(contrast_dropout=1.0), 1, rng).present for _ in range(20)} == {(True,)}
 
 
-def test_what_was_drawn_before_is_drawn_in_the_same_order_still() -> None:
+def test_contrast_dropout_does_not_change_the_order_of_earlier_draws() -> None:
     variation = draw_augmentation(AugmentConfig(), 4, np.random.default_rng([0, 1, 2]))
     assert variation.noise_seed == 5716919709022709471
     assert variation.flips == (False, True, False)
@@ -391,6 +391,6 @@ def test_what_was_drawn_before_is_drawn_in_the_same_order_still() -> None:
         *((name, bad) for name in NOTHING if not name.endswith(("probability", "dropout")) for bad in (-1, 181)),
     ],
 )
-def test_a_bad_config_is_refused_with_its_key_and_value(name: str, bad: Any) -> None:
+def test_a_bad_config_is_refused_naming_key_and_value(name: str, bad: Any) -> None:
     with pytest.raises(ValueError, match=rf"^augment\.{name}: .*got {bad}$"):
         AugmentConfig(**{name: bad})

@@ -82,13 +82,13 @@ def in_process(code: str, folder: Path, *, stdout: int | None = None) -> subproc
 # Keys
 
 
-def test_a_copy_of_a_case_under_another_name_has_the_same_key(tmp_path: Path) -> None:
+def test_a_renamed_copy_of_a_case_has_the_same_key(tmp_path: Path) -> None:
     store = CaseFolder(tmp_path / "cache")
     one, other = case_in(tmp_path / "x", "a"), case_in(tmp_path / "y", "b", age_seconds=5000)
     assert store.key(one, SETTINGS) == store.key(other, SETTINGS)
 
 
-def test_content_settings_label_and_program_each_change_the_key(
+def test_content_settings_label_map_and_program_version_each_change_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, case = CaseFolder(tmp_path / "cache"), case_in(tmp_path / "x")
@@ -100,7 +100,7 @@ def test_content_settings_label_and_program_each_change_the_key(
     assert len(set(keys)) == len(keys)
 
 
-def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_hashed_once_and_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
     monkeypatch.setattr(cache, "file_sha256", lambda path: (hashed.append(path), file_sha256(path))[1])
     with shared(tmp_path / "cache") as store:
@@ -111,7 +111,7 @@ def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path: Path, mon
         assert len(hashed) == 4
 
 
-def test_a_file_that_changed_a_moment_ago_is_hashed_each_time(tmp_path: Path) -> None:
+def test_a_very_recently_changed_file_is_hashed_every_time(tmp_path: Path) -> None:
     with shared(tmp_path / "cache") as store:
         first = store.key(case_in(tmp_path / "x", content=b"one", age_seconds=0), SETTINGS)
         stamp = (tmp_path / "x" / "a_t1.nii").stat().st_mtime_ns
@@ -121,7 +121,7 @@ def test_a_file_that_changed_a_moment_ago_is_hashed_each_time(tmp_path: Path) ->
         assert store.key(case, SETTINGS) != first
 
 
-def test_a_file_that_is_not_there_is_a_matter_of_the_system(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_system_error(tmp_path: Path) -> None:
     case = case_in(tmp_path / "x")
     case.contrasts["t1"].unlink()
     with pytest.raises(FileNotFoundError):
@@ -132,7 +132,7 @@ def test_a_file_that_is_not_there_is_a_matter_of_the_system(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["own", "shared"])
-def test_what_was_added_is_found_whole(tmp_path: Path, kind: str) -> None:
+def test_an_added_entry_is_found_complete(tmp_path: Path, kind: str) -> None:
     with shared(tmp_path / "cache") as many:
         store = many if kind == "shared" else CaseFolder(tmp_path / "cache")
         assert store.find("k") is None
@@ -152,7 +152,7 @@ def test_a_damaged_entry_is_not_found_and_is_replaced(tmp_path: Path, damage: st
         assert store.add("k", entry) == store.find("k") == place
 
 
-def test_an_entry_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+def test_an_entry_that_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
     def fails(folder: Path) -> None:
         entry(folder)
         raise RuntimeError("half way")
@@ -164,7 +164,7 @@ def test_an_entry_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     assert leftovers(tmp_path / "cache") == []
 
 
-def test_threads_that_make_one_entry_at_once_all_get_the_same(tmp_path: Path) -> None:
+def test_threads_that_create_one_entry_concurrently_all_get_the_same(tmp_path: Path) -> None:
     with shared(tmp_path / "cache") as store:
         start, places = threading.Barrier(8), []
 
@@ -181,7 +181,7 @@ def test_threads_that_make_one_entry_at_once_all_get_the_same(tmp_path: Path) ->
     assert leftovers(tmp_path / "cache") == []
 
 
-def test_processes_that_make_the_same_entries_at_once_all_find_them_whole(tmp_path: Path) -> None:
+def test_processes_that_create_the_same_entries_concurrently_all_find_them_complete(tmp_path: Path) -> None:
     code = """
         for round in range(30):
             key = f"k{round % 5}"
@@ -197,7 +197,7 @@ def test_processes_that_make_the_same_entries_at_once_all_find_them_whole(tmp_pa
     assert leftovers(tmp_path / "cache") == []
 
 
-def test_what_a_killed_process_left_is_cleaned_away_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed_and_block_nobody(tmp_path: Path) -> None:
     code = """
         def killed(folder):
             entry(folder)
@@ -215,7 +215,7 @@ def test_what_a_killed_process_left_is_cleaned_away_and_keeps_nobody_waiting(tmp
         assert store.add("k", entry) == store.find("k")
 
 
-def test_what_a_living_process_is_writing_stays(tmp_path: Path) -> None:
+def test_files_that_a_live_process_is_writing_are_kept(tmp_path: Path) -> None:
     with shared(tmp_path / "cache") as store:
 
         def interrupted(folder: Path) -> None:
@@ -230,7 +230,7 @@ def test_what_a_living_process_is_writing_stays(tmp_path: Path) -> None:
 
 @properties
 @given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.booleans()), max_size=30), st.integers(1, 5))
-def test_the_cache_never_takes_more_than_it_may_and_what_is_held_stays(
+def test_the_cache_never_exceeds_its_limit_and_keeps_entries_in_use(
     tmp_path_factory: pytest.TempPathFactory, asked: list[tuple[str, bool]], room: int
 ) -> None:
     folder = tmp_path_factory.mktemp("bound") / "cache"
@@ -246,7 +246,7 @@ def test_the_cache_never_takes_more_than_it_may_and_what_is_held_stays(
             assert all((folder / name).is_dir() or store.problem for name in held)
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_entry_is_evicted_first(tmp_path: Path) -> None:
     with shared(tmp_path / "cache", most_bytes=3 * SIZE) as store:
         for age, key in enumerate("abc"):
             os.utime(store.add(key, entry) / "source.json", ns=(age, age))
@@ -255,7 +255,7 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
         assert entries(tmp_path / "cache") == {"a", "c", "d"}
 
 
-def test_what_is_held_stays_and_the_rest_goes_to_the_overflow(tmp_path: Path) -> None:
+def test_entries_in_use_stay_and_the_rest_goes_to_the_overflow(tmp_path: Path) -> None:
     with shared(tmp_path / "cache", most_bytes=2 * SIZE) as store:
         store.hold(["a", "b", "c"])
         places = [store.add(key, entry) for key in "abc"]
@@ -264,7 +264,7 @@ def test_what_is_held_stays_and_the_rest_goes_to_the_overflow(tmp_path: Path) ->
         assert "the limit of" in str(store.problem)
 
 
-def test_what_another_process_holds_stays_until_it_ends_however_it_does(tmp_path: Path) -> None:
+def test_entries_used_by_another_process_stay_until_it_ends_in_any_way(tmp_path: Path) -> None:
     code = """
         store.hold(["a"])
         store.add("a", entry)
@@ -285,7 +285,7 @@ def test_what_another_process_holds_stays_until_it_ends_however_it_does(tmp_path
     process.stdout.close()
 
 
-def test_clearing_deletes_all_that_nobody_holds(tmp_path: Path) -> None:
+def test_clearing_deletes_every_entry_that_is_not_in_use(tmp_path: Path) -> None:
     with shared(tmp_path / "cache") as store:
         store.key(case_in(tmp_path / "x"), SETTINGS)
         store.hold(["a"])
@@ -296,7 +296,7 @@ def test_clearing_deletes_all_that_nobody_holds(tmp_path: Path) -> None:
         assert list((tmp_path / "cache" / ".known").iterdir()) == []
 
 
-def test_the_size_that_is_told_is_that_of_the_files(tmp_path: Path) -> None:
+def test_the_reported_size_is_that_of_the_files(tmp_path: Path) -> None:
     with shared(tmp_path / "cache") as store:
         store.add("a", entry)
         told = store.info().to_json()
@@ -317,7 +317,7 @@ def break_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [break_folder], ids=["a file in its place"])
-def test_a_cache_that_breaks_while_it_is_used_is_left_for_the_overflow(
+def test_a_cache_that_fails_while_in_use_is_replaced_by_the_overflow(
     tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
     with shared(tmp_path / "cache") as store:
@@ -328,7 +328,7 @@ def test_a_cache_that_breaks_while_it_is_used_is_left_for_the_overflow(
         assert str(tmp_path / "cache") in str(store.problem)
 
 
-def test_a_folder_that_cannot_be_made_is_told_by_name(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/cache"), shared(tmp_path / "file" / "cache"):
         pass

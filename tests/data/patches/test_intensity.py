@@ -51,7 +51,7 @@ def scan(seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", CHANGES)
 @properties
 @given(seeds)
-def test_the_brain_changes_and_the_outside_stays_0(name: str, seed: int) -> None:
+def test_the_brain_changes_and_the_background_stays_0(name: str, seed: int) -> None:
     values, brain = scan(seed)
     changed = CHANGES[name](values.clone(), brain)
     assert changed.shape == values.shape
@@ -61,14 +61,14 @@ def test_the_brain_changes_and_the_outside_stays_0(name: str, seed: int) -> None
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_values_given_are_not_changed(name: str) -> None:
+def test_the_input_is_not_modified(name: str) -> None:
     values, brain = scan()
     CHANGES[name](values, brain)
     assert torch.equal(values, scan()[0])
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_the_type_is_kept(name: str) -> None:
+def test_the_dtype_is_kept(name: str) -> None:
     values, brain = scan()
     changed = CHANGES[name](values.double(), brain)
     assert changed.dtype == torch.float64
@@ -82,13 +82,13 @@ def test_a_patch_without_brain_stays_0(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_brain_of_one_value_stays_finite(name: str) -> None:
+def test_a_constant_brain_stays_finite(name: str) -> None:
     brain = scan()[1]
     assert CHANGES[name](2.0 * brain, brain).isfinite().all()
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_the_neutral_strength_leaves_all_as_it_is(name: str) -> None:
+def test_the_neutral_strength_changes_nothing(name: str) -> None:
     values, brain = scan()
     torch.testing.assert_close(NEUTRAL[name](values, brain), values, atol=1e-5, rtol=1e-5)
 
@@ -96,7 +96,7 @@ def test_the_neutral_strength_leaves_all_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", ["stretch", "range_gamma", "inverted_gamma"])
 @properties
 @given(seeds)
-def test_a_change_of_the_histogram_keeps_the_order(name: str, seed: int) -> None:
+def test_a_histogram_change_keeps_the_order_of_intensities(name: str, seed: int) -> None:
     values, brain = scan(seed)
     changed = CHANGES[name](values, brain)[brain][values[brain].argsort()]
     assert (changed.diff() >= -1e-6).all()
@@ -105,14 +105,14 @@ def test_a_change_of_the_histogram_keeps_the_order(name: str, seed: int) -> None
 @pytest.mark.parametrize("name", ["range_gamma", "inverted_gamma"])
 @properties
 @given(seeds)
-def test_gamma_keeps_mean_and_spread(name: str, seed: int) -> None:
+def test_gamma_keeps_mean_and_standard_deviation(name: str, seed: int) -> None:
     values, brain = scan(seed)
     changed = CHANGES[name](values, brain)[brain]
     assert float(changed.mean()) == pytest.approx(float(values[brain].mean()), abs=1e-4)
     assert float(changed.std()) == pytest.approx(float(values[brain].std()), rel=1e-3)
 
 
-def test_inverted_gamma_is_gamma_of_the_negative() -> None:
+def test_inverted_gamma_is_gamma_of_the_negated_image() -> None:
     values, brain = scan()
     torch.testing.assert_close(
         intensity.range_gamma(values, brain, 1.5, inverted=True), -intensity.range_gamma(-values, brain, 1.5)
@@ -130,7 +130,7 @@ def test_a_stretched_image_stays_within_its_range(seed: int, factor: float) -> N
 
 @properties
 @given(seeds, st.floats(0.01, 1))
-def test_a_bias_field_is_smooth_and_no_stronger_than_asked_for(seed: int, strength: float) -> None:
+def test_a_bias_field_is_smooth_and_no_stronger_than_requested(seed: int, strength: float) -> None:
     values, brain = scan(seed)
     darkest = values[brain].min()
     field = (intensity.bias_field(values, brain, waves(seed), strength) - darkest) / (values - darkest)
@@ -141,21 +141,21 @@ def test_a_bias_field_is_smooth_and_no_stronger_than_asked_for(seed: int, streng
 
 
 @pytest.mark.parametrize("name", ["blur", "low_resolution"])
-def test_what_lies_outside_the_brain_has_no_say_in_it(name: str) -> None:
+def test_values_outside_the_brain_do_not_affect_the_result(name: str) -> None:
     brain = scan()[1]
     torch.testing.assert_close(CHANGES[name](2.0 * brain, brain), 2.0 * brain, atol=1e-5, rtol=1e-5)
 
 
 @properties
 @given(seeds, st.floats(0.3, 2))
-def test_a_blur_keeps_a_constant_and_lowers_the_spread(seed: int, sigma: float) -> None:
+def test_a_blur_keeps_a_constant_and_reduces_the_spread(seed: int, sigma: float) -> None:
     everywhere = torch.ones(SHAPE, dtype=torch.bool)
     torch.testing.assert_close(intensity.blur(torch.full(SHAPE, 2.5), everywhere, sigma), torch.full(SHAPE, 2.5))
     values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
     assert intensity.blur(values, everywhere, sigma).std() < values.std()
 
 
-def test_a_blur_is_that_of_scipy_away_from_the_border() -> None:
+def test_a_blur_equals_that_of_scipy_away_from_the_border() -> None:
     from scipy import ndimage
 
     values = torch.randn((24, 24, 24), generator=torch.Generator().manual_seed(0))
@@ -172,7 +172,7 @@ def test_low_resolution_keeps_a_constant_and_the_shape(share: float, shape: tupl
     torch.testing.assert_close(same, constant)
 
 
-def test_low_resolution_removes_what_is_finer_than_its_voxels() -> None:
+def test_low_resolution_removes_detail_finer_than_its_voxels() -> None:
     checkers = (torch.stack(torch.meshgrid(*(torch.arange(16),) * 3, indexing="ij")).sum(0) % 2).float() - 0.5
     coarse = intensity.low_resolution(checkers, torch.ones_like(checkers, dtype=torch.bool), 0.5)
     assert float(coarse.abs().max()) < 1e-6

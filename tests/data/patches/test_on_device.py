@@ -72,7 +72,9 @@ def assert_same_batches(source: PatchSource, patches: DevicePatches, count: int 
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
-def test_batches_equal_those_of_the_source_however_many_cases_stay(cached: list[CachedCase], kept: int) -> None:
+def test_batches_equal_those_of_the_source_for_any_number_of_resident_cases(
+    cached: list[CachedCase], kept: int
+) -> None:
     source = source_of(cached)
     patches = DevicePatches(source, CPU)
     assert patches.keep(sum(map(case_bytes, cached[:kept])))[0] == kept
@@ -94,7 +96,7 @@ def test_synthetic_patches_equal_those_of_the_source(cached: list[CachedCase]) -
     assert_same_batches(source, patches, 3)
 
 
-def test_a_case_that_the_device_has_no_memory_for_is_cut_on_the_host(
+def test_a_case_that_does_not_fit_in_device_memory_is_cropped_on_the_host(
     cached: list[CachedCase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_of(cached)
@@ -136,7 +138,7 @@ def test_an_error_in_a_thread_is_raised_where_the_batch_is_requested(cached: lis
         next(made)
 
 
-def test_masks_are_those_of_the_label_map() -> None:
+def test_the_masks_match_the_label_map() -> None:
     codes = torch.randint(0, 4, (2, 5, 6, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     expected = np.stack([to_regions(one.numpy()) for one in codes]).astype(np.float32)
     assert np.array_equal(region_masks(codes).numpy(), expected)
@@ -158,7 +160,7 @@ def variations() -> Iterator[Any]:
         yield draw_augmentation(ALL, 4, np.random.default_rng(seed))
 
 
-def test_nothing_is_read_back_while_a_patch_is_augmented() -> None:
+def test_augmenting_a_patch_copies_nothing_back_to_the_host() -> None:
     image = torch.randn(4, 12, 14, 10).clamp_min(-1) * (torch.rand(12, 14, 10) > 0.4)
     codes = torch.zeros(12, 14, 10, dtype=torch.uint8)
     with NoReading():  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -167,7 +169,7 @@ def test_nothing_is_read_back_while_a_patch_is_augmented() -> None:
 
 
 @pytest.mark.parametrize("content", ["empty", "constant"])
-def test_a_patch_without_brain_or_spread_is_as_on_the_host(content: str) -> None:
+def test_a_patch_without_brain_or_spread_gives_the_same_as_on_the_host(content: str) -> None:
     image = np.full((4, 8, 8, 8), 0 if content == "empty" else 0.5, dtype=np.float32)
     codes = np.zeros((8, 8, 8), dtype=np.uint8)
     for variation in variations():
@@ -186,7 +188,7 @@ def test_a_patch_without_brain_or_spread_is_as_on_the_host(content: str) -> None
         ("bias_field", {"waves": torch.arange(27.0).reshape(3, 3, 3), "strength": 0.3}),
     ],
 )
-def test_each_function_equals_the_one_that_picks_out_the_brain(name: str, options: dict[str, Any]) -> None:
+def test_each_function_equals_the_reference_that_indexes_the_brain(name: str, options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     brain = torch.rand(20, 18, 16, generator=generator) > 0.5
     values = torch.randn(20, 18, 16, generator=generator) * brain

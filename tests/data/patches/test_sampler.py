@@ -85,13 +85,13 @@ def same_patch(one: Any, other: Any) -> bool:
     return np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1]) and one[2] == other[2]
 
 
-def test_a_patch_inside_the_volume_is_centred_where_it_was_asked_for() -> None:
+def test_a_patch_inside_the_volume_is_centred_as_requested() -> None:
     volume = np.arange(10 * 10 * 10).reshape(10, 10, 10)
     np.testing.assert_array_equal(cut_patch(volume, (5, 4, 6), (4, 4, 2)), volume[3:7, 2:6, 5:7])
 
 
 @pytest.mark.parametrize(("centre", "start"), [((0, 0, 0), 0), ((1, 1, 1), 0), ((9, 9, 9), 6), ((8, 8, 8), 6)])
-def test_a_patch_near_the_border_moves_inside(centre: tuple[int, int, int], start: int) -> None:
+def test_a_patch_near_the_border_is_moved_inside(centre: tuple[int, int, int], start: int) -> None:
     volume = np.arange(10 * 10 * 10).reshape(10, 10, 10)
     expected = volume[start : start + 4, start : start + 4, start : start + 4]
     np.testing.assert_array_equal(cut_patch(volume, centre, (4, 4, 4)), expected)
@@ -105,7 +105,7 @@ def test_a_patch_larger_than_the_volume_is_padded_with_0_on_both_sides() -> None
 
 @properties
 @given(sides, sides, st.data())
-def test_a_patch_has_its_shape_and_holds_the_voxel_it_is_centred_on(
+def test_a_patch_has_the_requested_shape_and_contains_its_centre(
     shape: tuple[int, int, int], patch: tuple[int, int, int], data: st.DataObject
 ) -> None:
     volume = np.arange(1, np.prod(shape) + 1).reshape(shape)
@@ -118,7 +118,7 @@ def test_a_patch_has_its_shape_and_holds_the_voxel_it_is_centred_on(
 
 @properties
 @given(sides, sides, st.data())
-def test_an_image_is_cut_as_any_array_is_and_becomes_float32(
+def test_an_image_is_cropped_like_any_array_and_becomes_float32(
     shape: tuple[int, int, int], patch: tuple[int, int, int], data: st.DataObject
 ) -> None:
     image = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float16)
@@ -134,7 +134,7 @@ def test_a_patch_is_a_copy() -> None:
     assert not volume.any()
 
 
-def test_the_cache_holds_what_prepare_makes(tmp_path: Path) -> None:
+def test_the_cache_stores_the_output_of_prepare(tmp_path: Path) -> None:
     case = write_case(tmp_path, "a")
     (kept,) = cache([case], tmp_path / "cache")
     prepared = prepare(case, spacing_mm=MM, convention=BRATS2021)
@@ -143,7 +143,7 @@ def test_the_cache_holds_what_prepare_makes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept.codes(), prepared.codes)
 
 
-def test_possible_centres_are_the_tumour_voxels_by_tissue(cached: list[CachedCase]) -> None:
+def test_candidate_centres_are_the_tumour_voxels_by_tissue(cached: list[CachedCase]) -> None:
     assert cached[0].centres().tolist() == [
         [NECROSIS, 4, 4, 4],
         [OEDEMA, 12, 11, 4],
@@ -152,7 +152,7 @@ def test_possible_centres_are_the_tumour_voxels_by_tissue(cached: list[CachedCas
 
 
 @pytest.mark.parametrize("count", [1999, 2001, 3500])
-def test_a_case_remembers_at_most_2000_centres_of_a_tissue_spread_over_all_of_it(tmp_path: Path, count: int) -> None:
+def test_a_case_stores_at_most_2000_centres_spread_over_each_tissue(tmp_path: Path, count: int) -> None:
     case = write_case(tmp_path, "a")
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels.ravel()[:count] = 2
@@ -163,7 +163,7 @@ def test_a_case_remembers_at_most_2000_centres_of_a_tissue_spread_over_all_of_it
     assert centres[:, 1].max() >= np.argwhere(labels)[:, 0].max() - 1
 
 
-def test_a_cache_that_still_fits_is_kept(tmp_path: Path) -> None:
+def test_a_matching_cache_is_kept(tmp_path: Path) -> None:
     cases = [write_case(tmp_path, name) for name in "ab"]
     first = cache(cases, tmp_path / "cache")
     before = stamps(tmp_path / "cache")
@@ -172,14 +172,14 @@ def test_a_cache_that_still_fits_is_kept(tmp_path: Path) -> None:
     assert before
 
 
-def test_another_spacing_makes_the_cache_anew(tmp_path: Path) -> None:
+def test_another_spacing_rebuilds_the_cache(tmp_path: Path) -> None:
     case = write_case(tmp_path, "a")
     cache([case], tmp_path / "cache")
     (coarse,) = cache([case], tmp_path / "cache", spacing_mm=(2.0, 2.0, 2.0))
     assert coarse.shape == coarse.codes().shape == (9, 8, 7)
 
 
-def test_another_meaning_of_the_labels_makes_the_cache_anew(tmp_path: Path) -> None:
+def test_another_label_convention_rebuilds_the_cache(tmp_path: Path) -> None:
     case = write_case(tmp_path, "a", labels=(1, 2))
     cache([case], tmp_path / "cache")
     before = stamps(tmp_path / "cache")
@@ -188,7 +188,7 @@ def test_another_meaning_of_the_labels_makes_the_cache_anew(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("what", ["t2", "label"])
-def test_a_file_that_changed_makes_its_case_anew_and_no_other(tmp_path: Path, what: str) -> None:
+def test_a_changed_file_rebuilds_only_its_own_case(tmp_path: Path, what: str) -> None:
     cases = [write_case(tmp_path, name) for name in "ab"]
     first = cache(cases, tmp_path / "cache")
     changed = cases[0].label if what == "label" else cases[0].contrasts["t2"]
@@ -201,7 +201,7 @@ def test_a_file_that_changed_makes_its_case_anew_and_no_other(tmp_path: Path, wh
 
 
 @pytest.mark.parametrize("file", ["source.json", "codes.npy", "image.npy", "centres.npy"])
-def test_a_damaged_cache_is_made_anew(tmp_path: Path, file: str) -> None:
+def test_a_damaged_cache_is_rebuilt(tmp_path: Path, file: str) -> None:
     case = write_case(tmp_path, "a")
     (kept,) = cache([case], tmp_path / "cache")
     whole = patches([kept]).patch(0)
@@ -210,7 +210,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, file: str) -> None:
     assert same_patch(patches([again]).patch(0), whole)
 
 
-def test_a_case_that_cannot_be_used_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
+def test_an_unusable_case_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
     case = write_case(tmp_path, "a")
     assert case.label is not None
     case.label.write_bytes(b"no image")
@@ -219,7 +219,7 @@ def test_a_case_that_cannot_be_used_leaves_nothing_in_the_cache(tmp_path: Path) 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_each_case_is_announced_when_it_is_ready(tmp_path: Path) -> None:
+def test_each_case_is_reported_when_it_is_ready(tmp_path: Path) -> None:
     seen: list[str] = []
     cases = [write_case(tmp_path, name) for name in "abc"]
     for _ in range(2):
@@ -227,7 +227,7 @@ def test_each_case_is_announced_when_it_is_ready(tmp_path: Path) -> None:
     assert (sorted(seen[:3]), sorted(seen[3:])) == (list("abc"), list("abc"))
 
 
-def test_a_patch_does_not_depend_on_what_was_asked_before(cached: list[CachedCase]) -> None:
+def test_a_patch_does_not_depend_on_earlier_requests(cached: list[CachedCase]) -> None:
     forwards, backwards = patches(cached), patches(cached)
     first = {number: forwards.patch(number) for number in range(12)}
     second = {number: backwards.patch(number) for number in reversed(range(12))}
@@ -245,7 +245,7 @@ def test_patches_of_one_case_in_the_same_epoch_differ(cached: list[CachedCase]) 
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_every_case_is_used_once_an_epoch(cached: list[CachedCase], epoch: int) -> None:
+def test_every_case_is_used_once_per_epoch(cached: list[CachedCase], epoch: int) -> None:
     source = patches(cached)
     assert sorted(source.patch(number)[2] for number in range(5 * epoch, 5 * epoch + 5)) == list("abcde")
 
@@ -264,7 +264,7 @@ def test_with_tumour_probability_1_the_centre_of_every_patch_is_tumour(cached: l
 @pytest.mark.parametrize(
     ("probability", "tissues"), [(1.0, {ENHANCING}), (0.0, {NECROSIS, OEDEMA}), (0.5, {NECROSIS, OEDEMA, ENHANCING})]
 )
-def test_enhancing_probability_decides_how_many_centres_enhance(
+def test_enhancing_probability_sets_the_share_of_enhancing_centres(
     cached: list[CachedCase], probability: float, tissues: set[int]
 ) -> None:
     source = patches(cached, tumour_probability=1.0, enhancing_probability=probability, augmentation=STILL)
@@ -272,7 +272,7 @@ def test_enhancing_probability_decides_how_many_centres_enhance(
 
 
 @pytest.mark.parametrize(("labels", "tissues"), [((1, 2), {NECROSIS, OEDEMA}), ((4,), {ENHANCING})])
-def test_enhancing_probability_leaves_a_case_the_tissues_it_has(
+def test_enhancing_probability_only_uses_tissues_that_the_case_has(
     labels: tuple[int, ...], tissues: set[int], tmp_path: Path
 ) -> None:
     cases = cache([write_case(tmp_path, "some", labels)], tmp_path / "cache")
@@ -281,12 +281,12 @@ def test_enhancing_probability_leaves_a_case_the_tissues_it_has(
         assert {int(source.patch(number)[1][4, 3, 2]) for number in range(20)} == tissues
 
 
-def test_with_tumour_probability_0_centres_lie_anywhere(cached: list[CachedCase]) -> None:
+def test_with_tumour_probability_0_centres_are_anywhere(cached: list[CachedCase]) -> None:
     source = patches(cached, tumour_probability=0.0, augmentation=STILL)
     assert sum(int(source.patch(number)[1][4, 3, 2]) > 0 for number in range(40)) < 4
 
 
-def test_a_case_without_tumour_gives_patches_all_the_same(tmp_path: Path) -> None:
+def test_a_case_without_tumour_still_gives_patches(tmp_path: Path) -> None:
     (healthy,) = cache([write_case(tmp_path, "a", labels=())], tmp_path / "cache")
     assert healthy.centres().shape == (0, 4)
     assert patches([healthy], tumour_probability=1.0).patch(0)[0].shape == (4, *PATCH)
@@ -306,7 +306,7 @@ def test_a_batch_has_the_shapes_and_types_a_step_needs(cached: list[CachedCase])
     assert set(batch.masks.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_a_batch_holds_its_patches_in_turn(cached: list[CachedCase]) -> None:
+def test_a_batch_contains_its_patches_in_order(cached: list[CachedCase]) -> None:
     source = patches(cached, tumour_probability=1.0)
     batch = source.batch(2, 3)
     for row, number in enumerate((6, 7, 8)):
@@ -318,7 +318,7 @@ def test_a_batch_holds_its_patches_in_turn(cached: list[CachedCase]) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("first", [0, 4])
-def test_batches_come_in_order_whoever_makes_them(cached: list[CachedCase], threads: int, first: int) -> None:
+def test_batches_are_in_order_with_any_number_of_threads(cached: list[CachedCase], threads: int, first: int) -> None:
     source = patches(cached)
     with closing(batches(source, first=first, size=2, threads=threads)) as made:
         for step in range(first, first + 7):
@@ -327,7 +327,7 @@ def test_batches_come_in_order_whoever_makes_them(cached: list[CachedCase], thre
             assert torch.equal(batch.masks, source.batch(step, 2).masks)
 
 
-def test_processes_together_see_the_patches_of_one_with_the_joined_batch(cached: list[CachedCase]) -> None:
+def test_several_processes_see_the_patches_of_one_with_the_combined_batch(cached: list[CachedCase]) -> None:
     with (
         closing(batches(patches(cached), first=2, size=4, threads=1)) as joined,
         closing(batches(patches(cached), first=4, size=2, threads=2, every=2)) as one,
@@ -337,7 +337,7 @@ def test_processes_together_see_the_patches_of_one_with_the_joined_batch(cached:
             assert torch.equal(torch.cat([next(one).image, next(other).image]), next(joined).image)
 
 
-def test_a_resumed_run_sees_what_an_uninterrupted_one_would_have(cached: list[CachedCase]) -> None:
+def test_a_resumed_run_sees_the_same_patches_as_an_uninterrupted_one(cached: list[CachedCase]) -> None:
     with closing(batches(patches(cached), first=0, size=2, threads=2)) as whole:
         seen = [next(whole) for _ in range(8)]
     with closing(batches(patches(cached), first=5, size=2, threads=1, ahead=1)) as resumed:
@@ -356,7 +356,7 @@ def of_sets(cached: list[CachedCase], numbers: tuple[int, ...]) -> list[CachedCa
 
 @properties
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=2), st.integers(0, 100), st.integers(0, 1000))
-def test_every_cycle_has_as_many_patches_of_each_data_set_as_its_weight_says(
+def test_every_cycle_has_as_many_patches_of_a_data_set_as_its_weight(
     cached: list[CachedCase], weights: list[int], seed: int, cycle: int
 ) -> None:
     source = patches(of_sets(cached, (0, 1, 0, 1, 1)), weights=weights, seed=seed)
@@ -369,7 +369,7 @@ def test_the_order_of_data_sets_differs_from_cycle_to_cycle(cached: list[CachedC
     assert len({tuple(source._index(5 * cycle + place) in (0, 2) for place in range(5)) for cycle in range(8)}) > 1
 
 
-def test_with_weights_every_case_is_used_once_an_epoch_of_its_data_set(cached: list[CachedCase]) -> None:
+def test_with_weights_every_case_is_used_once_per_epoch_of_its_data_set(cached: list[CachedCase]) -> None:
     source = patches(of_sets(cached, (0, 1, 0, 1, 1)), weights=[2, 1])
     seen = [source._index(number) for number in range(90)]
     of_second = [index for index in seen if index in (1, 3, 4)]
@@ -377,7 +377,7 @@ def test_with_weights_every_case_is_used_once_an_epoch_of_its_data_set(cached: l
     assert all(sorted(of_second[at : at + 3]) == [1, 3, 4] for at in range(0, 30, 3))
 
 
-def test_data_sets_of_equal_length_are_not_drawn_in_step(cached: list[CachedCase]) -> None:
+def test_data_sets_of_equal_length_are_not_drawn_in_lockstep(cached: list[CachedCase]) -> None:
     source = patches(of_sets([*cached[:4], *cached[:4]], (0,) * 4 + (1,) * 4), weights=[1, 1])
     seen = [source._index(number) for number in range(80)]
     first, second = ([index % 4 for index in seen if index // 4 == data_set] for data_set in (0, 1))
@@ -385,7 +385,7 @@ def test_data_sets_of_equal_length_are_not_drawn_in_step(cached: list[CachedCase
 
 
 @pytest.mark.parametrize("weights", [None, [1], [4]])
-def test_the_order_of_a_single_data_set_is_that_of_the_epochs_whatever_its_weight(
+def test_the_weight_of_a_single_data_set_does_not_change_its_order(
     cached: list[CachedCase], weights: list[int] | None
 ) -> None:
     source = patches(cached, weights=weights, seed=3)
@@ -401,7 +401,7 @@ def test_without_weights_several_data_sets_are_one_pool(cached: list[CachedCase]
 # Synthetic cases
 
 
-def test_a_synthetic_patch_has_the_codes_of_the_real_one_and_other_images(cached: list[CachedCase]) -> None:
+def test_a_synthetic_patch_has_the_codes_of_the_real_one_but_other_images(cached: list[CachedCase]) -> None:
     real = patches(cached, augmentation=STILL)
     made = patches([replace(case, synthetic=True) for case in cached], augmentation=STILL)
     for number in range(5):
@@ -418,7 +418,7 @@ def test_the_same_number_gives_the_same_synthetic_patch(cached: list[CachedCase]
     assert len({patches(cases).patch(number)[0].tobytes() for number in range(10)}) == 10
 
 
-def test_synthetic_patches_lose_contrasts_as_others_do(cached: list[CachedCase]) -> None:
+def test_contrast_dropout_also_applies_to_synthetic_patches(cached: list[CachedCase]) -> None:
     dropping = AugmentConfig(contrast_dropout=1.0)
     made = patches([replace(case, synthetic=True) for case in cached], augmentation=dropping)
     for number in range(5):
@@ -427,7 +427,7 @@ def test_synthetic_patches_lose_contrasts_as_others_do(cached: list[CachedCase])
         assert [bool(contrast.any()) for contrast in image] == list(present)
 
 
-def test_a_synthetic_case_takes_the_arrays_of_the_real_one(tmp_path: Path) -> None:
+def test_a_synthetic_case_reuses_the_arrays_of_the_real_case(tmp_path: Path) -> None:
     case = write_case(tmp_path, "a")
     made = replace(case, id="synthetic-a", synthetic=True, data_set=1)
     real, other = cache([case], tmp_path / "cache")[0], cache([made], tmp_path / "cache")[0]
@@ -438,7 +438,7 @@ def patch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("patches")]
 
 
-def test_closing_ends_the_threads(cached: list[CachedCase]) -> None:
+def test_closing_stops_the_threads(cached: list[CachedCase]) -> None:
     with closing(batches(patches(cached), first=0, size=1, threads=3)) as made:
         next(made)
         assert patch_threads()
@@ -448,7 +448,7 @@ def test_closing_ends_the_threads(cached: list[CachedCase]) -> None:
     assert not patch_threads()
 
 
-def test_what_goes_wrong_in_a_thread_is_raised_where_the_batch_is_asked_for(tmp_path: Path) -> None:
+def test_an_error_in_a_thread_is_raised_where_the_batch_is_requested(tmp_path: Path) -> None:
     (case,) = cache([write_case(tmp_path, "a")], tmp_path / "cache")
     source = patches([case])
     (case.folder / "image.npy").unlink()
@@ -461,7 +461,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_the_batch_is_asked_for(tmp_
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("file", ["image.npy", "codes.npy"])
-def test_a_file_cut_short_while_it_is_in_use_is_told_with_its_case_and_nothing_hangs(
+def test_a_file_truncated_while_in_use_is_reported_with_its_case_without_hanging(
     tmp_path: Path, file: str, threads: int
 ) -> None:
     (case,) = cache([write_case(tmp_path, "a")], tmp_path / "cache")
@@ -474,7 +474,7 @@ def test_a_file_cut_short_while_it_is_in_use_is_told_with_its_case_and_nothing_h
     assert not patch_threads()
 
 
-def test_a_file_that_is_no_array_is_told_with_its_case(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_array_is_reported_with_its_case(tmp_path: Path) -> None:
     (case,) = cache([write_case(tmp_path, "a")], tmp_path / "cache")
     (case.folder / "image.npy").write_bytes(b"nothing like an array")
     for ask in (case.image, lambda: patches([case]).patch(0)):
@@ -482,7 +482,7 @@ def test_a_file_that_is_no_array_is_told_with_its_case(tmp_path: Path) -> None:
             ask()
 
 
-def test_cases_that_are_open_can_be_read_after_their_files_are_gone(cached: list[CachedCase], tmp_path: Path) -> None:
+def test_open_cases_can_be_read_after_their_files_are_deleted(cached: list[CachedCase], tmp_path: Path) -> None:
     (case,) = cache([write_case(tmp_path, "a")], tmp_path / "cache")
     source = patches([case])
     before = source.patch(5)
@@ -490,7 +490,7 @@ def test_cases_that_are_open_can_be_read_after_their_files_are_gone(cached: list
     assert same_patch(source.patch(5), before)
 
 
-def test_with_more_cases_than_maps_that_stay_open_patches_are_the_same(
+def test_patches_are_the_same_with_more_cases_than_open_memory_maps(
     cached: list[CachedCase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = [patches(cached).patch(number) for number in range(15)]

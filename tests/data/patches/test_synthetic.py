@@ -29,13 +29,13 @@ def made(seed: int, image: Any, codes: Any) -> Any:
     return synthetic_image(image, codes, np.random.default_rng(seed))
 
 
-def test_examples_in_docstrings_hold() -> None:
+def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(synthetic).failed == 0
 
 
 @settings(derandomize=True, deadline=None, max_examples=30)
 @given(st.integers(0, 1000))
-def test_outside_stays_0_and_each_contrast_is_z_scored_over_the_brain(seed: int) -> None:
+def test_the_background_stays_0_and_each_contrast_is_z_scored_over_the_brain(seed: int) -> None:
     image, codes = patch()
     brain, found = image.any(axis=0), made(seed, image, codes)
     assert found.dtype == np.float32
@@ -45,13 +45,13 @@ def test_outside_stays_0_and_each_contrast_is_z_scored_over_the_brain(seed: int)
     np.testing.assert_allclose(found[:, brain].std(axis=1), 1, atol=1e-3)
 
 
-def test_the_same_state_gives_the_same_image_and_others_give_others() -> None:
+def test_the_same_generator_state_gives_the_same_image_and_another_state_another() -> None:
     image, codes = patch()
     assert np.array_equal(made(1, image, codes), made(1, image, codes))
     assert len({made(seed, image, codes).tobytes() for seed in range(8)}) == 8
 
 
-def test_neither_image_nor_codes_change() -> None:
+def test_the_input_image_and_codes_are_not_modified() -> None:
     (image, codes), before = patch(), patch()
     made(0, image, codes)
     assert np.array_equal(image, before[0])
@@ -63,20 +63,20 @@ def test_a_patch_without_brain_stays_empty() -> None:
     assert not made(0, np.zeros_like(image), codes).any()
 
 
-def test_a_contrast_that_the_patch_lacks_stays_0() -> None:
+def test_a_missing_contrast_stays_0() -> None:
     image, codes = patch()
     image[2] = 0
     assert [bool(found.any()) for found in made(0, image, codes)] == [True, True, False, True]
 
 
-def test_tumour_may_fill_the_patch() -> None:
+def test_the_tumour_may_fill_the_patch() -> None:
     image, codes = patch()
     codes[:] = 2
     assert np.isfinite(made(0, image, codes)).all()
 
 
 @pytest.mark.parametrize("count", range(CLASSES[0], CLASSES[1] + 1))
-def test_the_brain_is_divided_into_equal_parts_and_each_tissue_of_the_tumour_is_a_class(count: int) -> None:
+def test_the_brain_is_split_into_equal_parts_and_each_tumour_tissue_is_a_class(count: int) -> None:
     image, codes = patch()
     brain = image.any(axis=0)
     classes = tissue_classes(image[0], codes, brain, count)

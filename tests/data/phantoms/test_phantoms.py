@@ -67,7 +67,7 @@ def test_a_case_is_the_same_in_another_process() -> None:
     assert run.stdout.strip() == digest
 
 
-def test_a_case_does_not_depend_on_how_many_are_made(tmp_path: Path) -> None:
+def test_a_case_does_not_depend_on_how_many_are_generated(tmp_path: Path) -> None:
     one = write_phantoms(tmp_path / "one", 1, spacing_mm=SPACING_MM)[0]
     two = write_phantoms(tmp_path / "two", 2, spacing_mm=SPACING_MM)[0]
     for suffix in SUFFIXES[2021]:
@@ -92,7 +92,7 @@ def test_the_tumour_has_the_same_volume_at_every_spacing() -> None:
 
 
 @pytest.mark.parametrize(("spacing_mm", "shape"), [(4.0, (60, 60, 39)), (2.0, (120, 120, 78)), (8.0, (30, 30, 19))])
-def test_the_field_of_view_is_that_of_brats(spacing_mm: float, shape: tuple[int, ...]) -> None:
+def test_the_field_of_view_matches_brats(spacing_mm: float, shape: tuple[int, ...]) -> None:
     phantom = make_phantom(1, spacing_mm=spacing_mm)
     assert {v.shape for v in voxels(phantom)} == {shape}
     assert phantom.affine.tolist() == [
@@ -112,7 +112,7 @@ def test_all_contrasts_share_one_skull_stripped_brain() -> None:
         assert ndimage.label(brain)[1] <= 3
 
 
-def test_the_brain_stays_off_the_edge_of_the_box_it_is_rendered_in() -> None:
+def test_the_brain_does_not_touch_the_edge_of_its_bounding_box() -> None:
     grid = PhantomGrid.of_spacing(SPACING_MM)
     for phantom in cases(20):
         for axis, (start, stop) in enumerate(zip(grid.start, grid.stop, strict=True)):
@@ -134,7 +134,7 @@ def test_the_tumour_lies_inside_the_brain() -> None:
         assert not (phantom.codes[phantom.images["t1"] == 0]).any()
 
 
-def test_codes_are_the_programs_own() -> None:
+def test_the_codes_are_those_of_the_program() -> None:
     for phantom in cases(20):
         assert phantom.codes.dtype == np.uint8
         assert set(np.unique(phantom.codes)) <= {0, NECROSIS, OEDEMA, ENHANCING}
@@ -163,7 +163,7 @@ def test_some_cases_have_several_foci_and_most_have_one() -> None:
     assert 3 <= sum(n > 1 for n in foci) <= 9
 
 
-def test_volumes_spread_over_the_range_of_gliomas() -> None:
+def test_volumes_cover_the_range_of_gliomas() -> None:
     volumes_ml = [np.count_nonzero(p.codes) * SPACING_MM**3 / 1000 for p in cases(20)]
     assert 5 < min(volumes_ml) < 30
     assert 90 < max(volumes_ml) < 170
@@ -195,7 +195,9 @@ def test_oedema_prefers_white_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         ("t2", NECROSIS, 1.2, 5.0),
     ],
 )
-def test_tumour_tissues_relate_to_white_matter(contrast: Contrast, code: int, least: float, most: float) -> None:
+def test_tumour_intensities_relate_correctly_to_white_matter(
+    contrast: Contrast, code: int, least: float, most: float
+) -> None:
     present = [p for p in cases(20) if np.count_nonzero(p.codes == code) > 30]
     # The limits are loose, because white matter elsewhere is affected differently by the bias field.
     assert all(least < mean_over_white(p, contrast, code) < most for p in present)
@@ -209,7 +211,7 @@ def test_fluid_is_bright_on_t2_and_dark_on_flair() -> None:
         assert np.median(flair[fluid]) < np.median(flair[brain])
 
 
-def test_no_threshold_on_flair_finds_the_tumour() -> None:
+def test_no_flair_threshold_alone_segments_the_tumour() -> None:
     best = []
     for phantom in cases(20):
         flair, whole = phantom.images["flair"], phantom.codes > 0
@@ -219,13 +221,13 @@ def test_no_threshold_on_flair_finds_the_tumour() -> None:
 
 
 @pytest.mark.parametrize(("year", "prefix"), [(2021, "BraTS2021_00007_"), (2023, "BraTS-GLI-00007-000-")])
-def test_files_are_named_as_in_their_year(tmp_path: Path, year: int, prefix: str) -> None:
+def test_files_follow_the_naming_of_their_year(tmp_path: Path, year: int, prefix: str) -> None:
     folder = write_phantom(tmp_path, 7, spacing_mm=8.0, year=year)
     assert folder == tmp_path / case_name(7, year)
     assert {p.name for p in folder.iterdir()} == {f"{prefix}{s}.nii.gz" for s in SUFFIXES[year]}
 
 
-def test_headers_are_those_of_released_brats_files(tmp_path: Path) -> None:
+def test_headers_match_released_brats_files(tmp_path: Path) -> None:
     folder = write_phantom(tmp_path, 0, spacing_mm=8.0)
     expected = [[-8, 0, 0, 0], [0, -8, 0, 239], [0, 0, 8, 0], [0, 0, 0, 1]]
     for path in folder.iterdir():
@@ -239,14 +241,14 @@ def test_headers_are_those_of_released_brats_files(tmp_path: Path) -> None:
         assert image.header.get_xyzt_units()[0] == "mm"
 
 
-def test_files_hold_the_voxels_of_the_phantom(tmp_path: Path) -> None:
+def test_files_contain_the_voxels_of_the_phantom(tmp_path: Path) -> None:
     folder = write_phantom(tmp_path, 1, spacing_mm=SPACING_MM)
     for contrast, suffix in zip(CONTRASTS, SUFFIXES[2021], strict=False):
         stored = np.asarray(nib.Nifti1Image.from_filename(folder / f"{folder.name}_{suffix}.nii.gz").dataobj)
         np.testing.assert_array_equal(stored, cases(20)[1].images[contrast])
 
 
-def test_years_differ_in_label_numbers_and_not_in_codes(tmp_path: Path) -> None:
+def test_years_differ_in_label_numbers_but_not_in_codes(tmp_path: Path) -> None:
     paths = [write_phantom(tmp_path, 0, spacing_mm=SPACING_MM, year=y) for y in (2021, 2023)]
     old = np.asarray(nib.Nifti1Image.from_filename(paths[0] / "BraTS2021_00000_seg.nii.gz").dataobj)
     new = np.asarray(nib.Nifti1Image.from_filename(paths[1] / "BraTS-GLI-00000-000-seg.nii.gz").dataobj)
@@ -261,7 +263,7 @@ def test_an_existing_case_is_not_overwritten(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["BraTS2021_00001"]
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
@@ -297,7 +299,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, arguments: dict[str, Any], me
     assert not (tmp_path / "new").exists()
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file"):
         write_phantom(tmp_path / "file", 0, spacing_mm=8.0)

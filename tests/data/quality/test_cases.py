@@ -37,11 +37,11 @@ def three() -> dict[str, Prints]:
     return {f"case{index}": prints(index) for index in range(3)}
 
 
-def test_different_patients_raise_nothing(three: dict[str, Prints]) -> None:
+def test_different_patients_have_no_findings(three: dict[str, Prints]) -> None:
     assert judge(three) == {}
 
 
-def test_the_same_images_under_another_id_are_a_problem_of_both(three: dict[str, Prints]) -> None:
+def test_the_same_images_under_another_id_are_a_problem_of_both_cases(three: dict[str, Prints]) -> None:
     findings = judge({**three, "again": three["case1"]})
     assert sorted(findings) == ["again", "case1"]
     (finding,) = findings["again"]
@@ -49,7 +49,7 @@ def test_the_same_images_under_another_id_are_a_problem_of_both(three: dict[str,
     assert finding.message == "t1, t1c, t2, flair has the same voxels as in case case1"
 
 
-def test_a_scan_that_was_scaled_anew_is_a_note_of_both(three: dict[str, Prints]) -> None:
+def test_a_rescaled_scan_is_a_note_of_both_cases(three: dict[str, Prints]) -> None:
     findings = judge({**three, "again": prints(1, gain=1.7)})
     assert {case: [(f.kind, f.severity) for f in found] for case, found in findings.items()} == {
         "case1": [("same patient", "note")],
@@ -62,7 +62,7 @@ def test_time_points_of_one_patient_may_look_alike(three: dict[str, Prints]) -> 
     assert judge({ids[0]: three["case0"], ids[1]: prints(0, gain=1.7)}) == {}
 
 
-def test_no_case_and_empty_cases_are_no_fault() -> None:
+def test_no_cases_and_empty_cases_have_no_findings() -> None:
     nothing = prints_of({})
     assert judge({}) == {}
     assert judge({"a": nothing, "b": nothing}) == {}

@@ -38,7 +38,7 @@ def checked(root: Path) -> dict[str, CheckedCase]:
     return {case.case: case for case in check(DataSource(root)).cases}
 
 
-def test_a_clean_data_set_is_clean(tmp_path: Path) -> None:
+def test_a_clean_data_set_has_no_findings(tmp_path: Path) -> None:
     for case in ("Brats18_A_1", "Brats18_A_2", "Brats18_B_1"):
         write_case(tmp_path, case)
     found = check(DataSource(tmp_path))
@@ -59,14 +59,14 @@ def test_a_clean_case_is_described(tmp_path: Path) -> None:
     )
 
 
-def test_a_data_set_without_label_maps_is_clean_and_without_convention(tmp_path: Path) -> None:
+def test_a_data_set_without_label_maps_is_clean_and_has_no_convention(tmp_path: Path) -> None:
     (write_case(tmp_path, "a") / "a_seg.nii.gz").unlink()
     assert check(DataSource(tmp_path)).is_clean
     assert check(DataSource(tmp_path)).convention is None
     assert checked(tmp_path)["a"].labels is None
 
 
-def test_a_missing_contrast_is_a_problem_of_its_case_alone(tmp_path: Path) -> None:
+def test_a_missing_contrast_is_a_problem_only_of_its_case(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     (write_case(tmp_path, "b") / "b_t2.nii.gz").unlink()
     assert not check(DataSource(tmp_path)).is_clean
@@ -79,7 +79,7 @@ def test_a_missing_contrast_is_a_problem_of_its_case_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("names", [["t1"], ["t1", "t2"]])
 @pytest.mark.parametrize("unrecognised", [[], ["b_dwi.nii.gz"]])
-def test_missing_contrasts_have_a_kind(tmp_path: Path, names: list[str], unrecognised: list[str]) -> None:
+def test_missing_contrasts_have_their_own_kind(tmp_path: Path, names: list[str], unrecognised: list[str]) -> None:
     folder = write_case(tmp_path, "b")
     for name in names:
         (folder / f"b_{name}.nii.gz").unlink()
@@ -113,7 +113,7 @@ def test_a_file_that_cannot_be_read_is_a_problem_with_its_path(
     assert problem.startswith(f"{what}: {path}: ")
 
 
-def test_where_no_image_can_be_read_there_is_no_shape_and_the_labels_still_are(tmp_path: Path) -> None:
+def test_if_no_image_can_be_read_the_shape_is_missing_but_labels_are_reported(tmp_path: Path) -> None:
     folder = write_case(tmp_path, "a")
     for name in NAMES:
         (folder / f"a_{name}.nii.gz").write_bytes(b"no image")
@@ -126,7 +126,7 @@ def test_a_contrast_of_zeros_is_a_problem(tmp_path: Path) -> None:
     assert checked(tmp_path)["a"].problems[0].startswith("t1c: every voxel is 0")
 
 
-def test_a_label_map_of_fractions_is_a_problem(tmp_path: Path) -> None:
+def test_a_label_map_with_fractional_values_is_a_problem(tmp_path: Path) -> None:
     save(write_case(tmp_path, "a") / "a_seg.nii.gz", [0, 0.5, 1, 2])
     (problem,) = checked(tmp_path)["a"].problems
     assert "label values must be whole numbers" in problem
@@ -136,7 +136,7 @@ def test_a_label_map_of_fractions_is_a_problem(tmp_path: Path) -> None:
     ("other", "words"),
     [((0, 0, 0, 3), "3 and 4 occur together"), ((0, 0, 0, 9), r"label values \[9\] belong to no known convention")],
 )
-def test_label_values_that_do_not_go_together_are_a_problem_of_the_whole_set(
+def test_contradictory_label_values_are_a_problem_of_the_whole_data_set(
     tmp_path: Path, other: tuple[int, ...], words: str
 ) -> None:
     write_case(tmp_path, "a")
@@ -148,7 +148,7 @@ def test_label_values_that_do_not_go_together_are_a_problem_of_the_whole_set(
     assert f"{other[-1]} in b" in found.problems[0]
 
 
-def test_the_contrast_that_lies_elsewhere_is_named_also_where_it_is_the_first(tmp_path: Path) -> None:
+def test_a_contrast_on_another_grid_is_named_even_if_it_is_the_first(tmp_path: Path) -> None:
     affine = LPS.copy()
     affine[0, 3] = 5
     save(write_case(tmp_path, "a") / "a_t1.nii.gz", [0, 5, 7, 9], affine)
@@ -156,7 +156,7 @@ def test_the_contrast_that_lies_elsewhere_is_named_also_where_it_is_the_first(tm
     assert problem.startswith("t1: the origin differs by 5.00 mm on axis x (right-left) (compared with a_t1ce.nii.gz)")
 
 
-def test_voxels_that_are_not_finite_are_counted_and_the_rest_is_judged(tmp_path: Path) -> None:
+def test_non_finite_voxels_are_counted_and_the_rest_is_checked(tmp_path: Path) -> None:
     save(write_case(tmp_path, "a") / "a_t2.nii.gz", [np.nan, 7, np.inf, 7])
     assert [finding.kind for finding in checked(tmp_path)["a"].findings] == ["non-finite voxels", "constant"]
     assert checked(tmp_path)["a"].problems[0].startswith("t2: 2 voxels are NaN or infinite. Repair")
@@ -169,7 +169,7 @@ def test_two_files_for_one_contrast_are_a_problem(tmp_path: Path) -> None:
     assert finding.action == "Keep one of them"
 
 
-def test_cases_without_a_label_map_are_a_note_of_the_whole_set(tmp_path: Path) -> None:
+def test_cases_without_a_label_map_give_one_note_for_the_data_set(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     (write_case(tmp_path, "b") / "b_seg.nii.gz").unlink()
     found = check(DataSource(tmp_path))
@@ -200,7 +200,7 @@ def test_a_contrast_stored_in_another_order_of_axes_is_the_same_image(tmp_path: 
     assert problem.startswith("flair: the same voxels as t1. ")
 
 
-def test_findings_are_plain_data_with_what_to_do(tmp_path: Path) -> None:
+def test_findings_are_plain_data_and_include_a_remedy(tmp_path: Path) -> None:
     save(write_case(tmp_path, "a") / "a_t1ce.nii.gz", [0, 0, 0, 0])
     assert check(DataSource(tmp_path)).to_json()["cases"][0]["findings"] == [
         {
@@ -213,7 +213,7 @@ def test_findings_are_plain_data_with_what_to_do(tmp_path: Path) -> None:
     ]
 
 
-def test_all_problems_of_a_case_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_case_are_reported_at_once(tmp_path: Path) -> None:
     folder = write_case(tmp_path, "a")
     (folder / "a_t1.nii.gz").unlink()
     (folder / "a_t2.nii.gz").write_bytes(b"no image")
@@ -245,12 +245,12 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
         check(DataSource(tmp_path))
 
 
-def test_a_case_id_that_is_no_file_name_is_a_problem(tmp_path: Path) -> None:
+def test_a_case_id_that_is_not_a_valid_file_name_is_a_problem(tmp_path: Path) -> None:
     write_case(tmp_path, "up..up")
     assert "'up..up' cannot be used in file names" in checked(tmp_path)["up..up"].problems[0]
 
 
-def test_visits_are_told_and_ids_that_only_look_like_them(tmp_path: Path) -> None:
+def test_visits_and_ids_that_look_like_visits_are_reported(tmp_path: Path) -> None:
     for case in ("P1_tp1", "P1_tp2", "P2_1", "P2_2"):
         write_case(tmp_path, case)
     found = check(DataSource(tmp_path))
@@ -260,7 +260,7 @@ def test_visits_are_told_and_ids_that_only_look_like_them(tmp_path: Path) -> Non
     assert "P2_1, P2_2" in notes["possible visits"]
 
 
-def test_a_file_whose_name_misleads_is_a_note_and_is_read(tmp_path: Path) -> None:
+def test_a_misleading_file_name_is_a_note_and_the_file_is_read(tmp_path: Path) -> None:
     folder = write_case(tmp_path, "a")
     (folder / "a_t1.nii.gz").write_bytes(gzip.decompress((folder / "a_t1.nii.gz").read_bytes()))
     case = checked(tmp_path)["a"]

@@ -142,7 +142,7 @@ def test_any_damage_ends_in_findings(damages: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGES))
-def test_each_damage_of_every_file_at_once_ends_in_findings(damage: str) -> None:
+def test_each_kind_of_damage_in_every_file_at_once_ends_in_findings(damage: str) -> None:
     found = look((damage,) * len(FILES))
     assert isinstance(found, CheckedDataSet), found
 
@@ -150,7 +150,7 @@ def test_each_damage_of_every_file_at_once_ends_in_findings(damage: str) -> None
 @pytest.mark.parametrize(
     "damage", sorted(set(DAMAGES) - {"whole", "negative numbers", "tiny numbers", "huge numbers", "far from 0"})
 )
-def test_each_damage_of_one_contrast_is_noticed(damage: str) -> None:
+def test_each_kind_of_damage_in_one_contrast_is_noticed(damage: str) -> None:
     found = look(("whole", "whole", damage, "whole", "label map"))
     assert isinstance(found, CheckedDataSet)
     (case,) = [case for case in found.cases if case.case == "a"]

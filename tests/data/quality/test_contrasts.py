@@ -44,7 +44,7 @@ def said(findings: list[Finding], kind: str) -> set[str | None]:
     return {finding.contrast for finding in findings}
 
 
-def test_contrasts_that_are_named_right_raise_nothing(seen: dict[Contrast, Digest]) -> None:
+def test_correctly_named_contrasts_have_no_findings(seen: dict[Contrast, Digest]) -> None:
     assert judge_contrasts(seen) == []
 
 
@@ -56,7 +56,7 @@ def test_two_swapped_contrasts_are_both_named(pair: tuple[Contrast, Contrast], s
     assert {finding.severity for finding in findings} == {"problem"}
 
 
-def test_every_order_of_the_contrasts_is_recognised(seen: dict[Contrast, Digest]) -> None:
+def test_every_permutation_of_the_contrasts_is_recognised(seen: dict[Contrast, Digest]) -> None:
     tissue = compare_tissue(seen)
     assert tissue is not None
     for order in permutations(range(4)):
@@ -64,7 +64,7 @@ def test_every_order_of_the_contrasts_is_recognised(seen: dict[Contrast, Digest]
         assert most_likely(mixed) == tuple(LOOKS[CONTRASTS[real]] for real in order)
 
 
-def test_t1_and_t1c_swapped_are_a_note_at_most(seen: dict[Contrast, Digest]) -> None:
+def test_swapped_t1_and_t1c_give_at_most_a_note(seen: dict[Contrast, Digest]) -> None:
     findings = judge_contrasts({**seen, "t1": seen["t1c"], "t1c": seen["t1"]})
     assert {finding.severity for finding in findings} <= {"note"}
 
@@ -84,7 +84,9 @@ def test_a_contrast_of_another_patient_is_named(
 
 
 @pytest.mark.parametrize("shrink", [1, 2])
-def test_contrasts_stripped_one_by_one_are_still_one_patient(shrink: int, seen: dict[Contrast, Digest]) -> None:
+def test_separately_skull_stripped_contrasts_still_count_as_one_patient(
+    shrink: int, seen: dict[Contrast, Digest]
+) -> None:
     from scipy import ndimage
 
     voxels = seen["t2"].coarse
@@ -94,14 +96,14 @@ def test_contrasts_stripped_one_by_one_are_still_one_patient(shrink: int, seen: 
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_a_contrast_that_lacks_a_part_of_the_brain_is_a_note(contrast: Contrast, seen: dict[Contrast, Digest]) -> None:
+def test_a_contrast_missing_part_of_the_brain_is_a_note(contrast: Contrast, seen: dict[Contrast, Digest]) -> None:
     voxels = seen[contrast].coarse.copy()
     voxels[:, :, 28:] = 0
     (finding,) = judge_contrasts({**seen, contrast: as_digest(voxels, seen[contrast].grid.affine)})
     assert (finding.kind, finding.contrast, finding.severity) == ("cut field of view", contrast, "note")
 
 
-def test_a_gain_an_offset_or_an_inverted_scale_of_one_contrast_names_no_other_patient(
+def test_gain_offset_or_inversion_does_not_suggest_another_patient(
     seen: dict[Contrast, Digest],
 ) -> None:
     voxels = seen["t1"].coarse
@@ -109,11 +111,11 @@ def test_a_gain_an_offset_or_an_inverted_scale_of_one_contrast_names_no_other_pa
         assert judge_contrasts({**seen, "t1": as_digest(scaled, seen["t1"].grid.affine)}) == []
 
 
-def test_a_copy_of_a_contrast_is_named(seen: dict[Contrast, Digest]) -> None:
+def test_a_duplicated_contrast_is_named(seen: dict[Contrast, Digest]) -> None:
     assert said(judge_contrasts({**seen, "flair": seen["t2"]}), "same image") == {"flair"}
 
 
-def test_the_grid_that_most_share_is_the_right_one(seen: dict[Contrast, Digest]) -> None:
+def test_the_grid_shared_by_most_contrasts_is_the_reference(seen: dict[Contrast, Digest]) -> None:
     moved = seen["t1"].grid.affine.copy()
     moved[1, 3] += 7
     (finding,) = judge_contrasts({**seen, "t1": as_digest(seen["t1"].coarse, moved)})
@@ -121,12 +123,12 @@ def test_the_grid_that_most_share_is_the_right_one(seen: dict[Contrast, Digest])
     assert "7.00 mm on axis y" in finding.message
 
 
-def test_too_few_voxels_are_not_judged() -> None:
+def test_images_with_too_few_voxels_are_not_judged() -> None:
     random = np.random.default_rng(0)
     seen = {c: as_digest(np.pad(random.random((12, 12, 12)), 4), np.eye(4)) for c in CONTRASTS}
     assert compare_tissue(seen) is None
     assert judge_contrasts(seen) == []
 
 
-def test_real_cases_raise_no_problem(real_cases: Path) -> None:
+def test_real_cases_have_no_problems(real_cases: Path) -> None:
     assert {case.problems for case in check(DataSource(real_cases)).cases} == {()}

@@ -44,11 +44,11 @@ def without_islands(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.where(np.bincount(whole.ravel())[whole] > 5, codes, 0).astype(np.uint8)
 
 
-def test_a_label_map_that_fits_raises_nothing(phantom: Phantom) -> None:
+def test_a_matching_label_map_has_no_findings(phantom: Phantom) -> None:
     assert judged(without_islands(phantom.codes), phantom) == []
 
 
-def test_a_stray_voxel_outside_the_brain_is_two_notes(phantom: Phantom) -> None:
+def test_a_stray_voxel_outside_the_brain_gives_two_notes(phantom: Phantom) -> None:
     codes = without_islands(phantom.codes)
     codes[0, 0, 0] = 1
     assert kinds(codes, phantom) == [("label outside the brain", "note"), ("one-voxel islands", "note")]
@@ -76,7 +76,7 @@ def test_a_label_map_of_another_shape_is_a_problem(phantom: Phantom) -> None:
 
 @settings(derandomize=True, deadline=None)
 @given(hnp.arrays(bool, st.tuples(*[st.integers(1, 5)] * 3)))
-def test_islands_are_the_components_of_one_voxel(mask: npt.NDArray[np.bool_]) -> None:
+def test_islands_are_single_voxel_components(mask: npt.NDArray[np.bool_]) -> None:
     components, count = ndimage.label(mask, np.ones((3, 3, 3)))
     sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
     assert lonely(mask) == np.count_nonzero(sizes == 1)
@@ -84,5 +84,5 @@ def test_islands_are_the_components_of_one_voxel(mask: npt.NDArray[np.bool_]) ->
 
 @settings(derandomize=True, deadline=None)
 @given(hnp.arrays(np.uint8, st.tuples(*[st.integers(1, 5)] * 3), elements=st.integers(0, 4)), st.sampled_from("CF"))
-def test_the_values_are_those_that_occur(voxels: npt.NDArray[np.uint8], order: Any) -> None:
+def test_only_values_that_occur_are_listed(voxels: npt.NDArray[np.uint8], order: Any) -> None:
     assert of(np.asarray(voxels, order=order)).values == tuple(np.unique(voxels).tolist())

@@ -46,36 +46,38 @@ def with_skull(phantom: Phantom, contrast: Contrast, scalp_mm: float = 14.0) -> 
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_a_stripped_brain_raises_nothing(contrast: Contrast, phantom: Phantom) -> None:
+def test_a_skull_stripped_brain_has_no_findings(contrast: Contrast, phantom: Phantom) -> None:
     assert kinds(phantom.images[contrast], phantom.affine) == []
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_a_zscored_brain_raises_nothing_and_its_skull_is_found(contrast: Contrast, phantom: Phantom) -> None:
+def test_a_zscored_brain_has_no_findings_and_a_zscored_head_has_its_skull_found(
+    contrast: Contrast, phantom: Phantom
+) -> None:
     assert kinds(zscore_nonzero(phantom.images[contrast].astype(np.float32)), phantom.affine) == []
     assert "skull" in kinds(zscore_nonzero(with_skull(phantom, contrast)), phantom.affine)
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_a_skull_over_a_background_of_0_is_found(contrast: Contrast, phantom: Phantom) -> None:
+def test_a_skull_on_a_background_of_0_is_found(contrast: Contrast, phantom: Phantom) -> None:
     assert "skull" in kinds(with_skull(phantom, contrast), phantom.affine)
 
 
-def test_a_small_head_with_its_skull_is_found_by_the_dark_band(phantom: Phantom) -> None:
+def test_the_skull_of_a_small_head_is_found_by_the_dark_band(phantom: Phantom) -> None:
     affine = phantom.affine @ np.diag([0.75, 0.75, 0.75, 1])
     voxels = with_skull(phantom, "t1")
     assert np.count_nonzero(voxels) * abs(np.linalg.det(affine)) / 1e6 < 2.0
     assert "skull" in kinds(voxels, affine)
 
 
-def test_a_head_in_air_that_is_noise_is_found(phantom: Phantom) -> None:
+def test_a_head_in_noisy_air_is_found(phantom: Phantom) -> None:
     voxels = with_skull(phantom, "t2")
     noise = 1 + np.random.default_rng(0).rayleigh(5, voxels.shape)
     (finding, *_) = judge_volume(seen(np.where(voxels == 0, noise, voxels), phantom.affine), "t2")
     assert (finding.kind, finding.severity) == ("background", "problem")
 
 
-def test_a_spacing_that_makes_a_giant_of_a_brain_is_a_problem(phantom: Phantom) -> None:
+def test_a_spacing_that_makes_the_brain_too_large_is_a_problem(phantom: Phantom) -> None:
     affine = phantom.affine @ np.diag([1.5, 1.5, 1.5, 1])
     (finding,) = judge_volume(seen(phantom.images["t1"], affine), "t1")
     assert finding.kind == "skull"
@@ -83,7 +85,7 @@ def test_a_spacing_that_makes_a_giant_of_a_brain_is_a_problem(phantom: Phantom) 
 
 
 @pytest.mark.parametrize(("axis", "name"), [(0, "left-right"), (1, "anterior-posterior"), (2, "inferior-superior")])
-def test_a_brain_cut_at_the_border_is_a_note_that_names_the_axis(axis: int, name: str, phantom: Phantom) -> None:
+def test_a_brain_cut_off_at_the_border_is_a_note_naming_the_axis(axis: int, name: str, phantom: Phantom) -> None:
     voxels = np.moveaxis(phantom.images["t1"], axis, 0)
     half = np.moveaxis(voxels[: voxels.shape[0] // 2], 0, axis)
     (finding,) = judge_volume(seen(half, phantom.affine), "t1")
@@ -91,13 +93,13 @@ def test_a_brain_cut_at_the_border_is_a_note_that_names_the_axis(axis: int, name
     assert name in finding.message
 
 
-def test_a_brain_cut_within_the_volume_is_found_too(phantom: Phantom) -> None:
+def test_a_brain_cut_off_within_the_volume_is_also_found(phantom: Phantom) -> None:
     voxels = phantom.images["t1"].copy()
     voxels[:, :, 32:] = 0
     assert kinds(voxels, phantom.affine) == ["cut field of view"]
 
 
-def test_a_volume_cropped_close_to_the_brain_is_not_cut(phantom: Phantom) -> None:
+def test_a_tightly_cropped_volume_does_not_count_as_cut_off(phantom: Phantom) -> None:
     voxels = phantom.images["t1"]
     assert kinds(voxels[smallest_box(voxels != 0)], phantom.affine) == []
 
@@ -113,7 +115,7 @@ def test_a_volume_cropped_close_to_the_brain_is_not_cut(phantom: Phantom) -> Non
         ((0.5, 0.5, 1.5), True),
     ],
 )
-def test_slices_are_thick_from_3_mm_or_three_times_the_finest_spacing(
+def test_slices_count_as_thick_from_3_mm_or_three_times_the_finest_spacing(
     spacing_mm: tuple[float, float, float], thick: bool
 ) -> None:
     finding = thick_slices(spacing_mm, "t2")
@@ -122,11 +124,11 @@ def test_slices_are_thick_from_3_mm_or_three_times_the_finest_spacing(
 
 
 @pytest.mark.parametrize(("value", "kind"), [(0, "empty"), (3, "constant")])
-def test_an_image_of_one_value_is_a_problem(value: int, kind: str, phantom: Phantom) -> None:
+def test_a_constant_image_is_a_problem(value: int, kind: str, phantom: Phantom) -> None:
     assert kinds((phantom.images["t1"] != 0) * value, phantom.affine) == [kind]
 
 
-def test_one_voxel_that_differs_is_no_constant_image_wherever_it_lies() -> None:
+def test_an_image_is_not_constant_if_one_voxel_anywhere_differs() -> None:
     voxels = np.zeros((80, 80, 80))
     voxels[10:20, 10:20, 10:20] = 1
     voxels[11, 13, 15] = 2
