@@ -212,20 +212,19 @@ GUARDS: dict[str, Guard] = {
         "app/training/pretrained.py",
         'if not (run / "run.json").is_file() and newest_best(run) is None:',
         "if False:",
-        "app/training/test_pretrained.py::test_what_is_no_run_is_refused_with_what_is_one",
+        "app/training/test_pretrained.py::test_a_folder_that_is_not_a_run_is_refused_with_an_explanation",
     ),
     "patience without validation cases": Guard(
         "app/training/run.py",
         "if config.training.patience is not None and split is not None and not split.validation:",
         "if False:",
-        "app/training/test_recipe.py::test_patience_without_validation_cases_is_refused_before_a_folder_is_made",
+        "app/training/test_recipe.py::test_patience_without_validation_cases_is_refused_before_a_folder_is_created",
     ),
     "gradients still scaled": Guard(
         "app/training/step.py",
         "        state.scaler.unscale_(state.optimizer)\n",
         "",
-        "app/training/test_recipe.py::"
-        "test_backward_normalization_takes_neither_the_scale_nor_the_number_of_micro_batches_for_the_gradient",
+        "app/training/test_recipe.py::test_backward_normalization_ignores_loss_scale_and_micro_batch_count",
     ),
     # Label maps
     "no label map": Guard("app/training/cases.py", "    if without:", "    if False:", f"{LABEL}[missing]"),
@@ -368,7 +367,7 @@ GUARDS: dict[str, Guard] = {
         "app/runs/folder.py",
         "            lock(file, run)\n",
         "            pass\n",
-        "app/training/test_run.py::test_a_second_process_is_kept_out_and_leaves_the_folder_as_it_is",
+        "app/training/test_run.py::test_a_second_process_is_refused_and_leaves_the_folder_unchanged",
     ),
     # Output and machine
     "an output that is a file": Guard(
@@ -417,7 +416,7 @@ GUARDS: dict[str, Guard] = {
         "app/training/signals.py",
         "        request.signal_name = signal.Signals(number).name\n",
         "",
-        "app/training/test_run.py::test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result",
+        "app/training/test_run.py::test_a_run_stopped_by_a_signal_says_how_to_resume_and_reaches_the_same_result",
     ),
     "a run that was stopped while it prepared": Guard(
         "app/training/run.py",
@@ -583,7 +582,7 @@ TRAPS: dict[str, Guard] = {
         "app/training/step.py",
         "state.scaler.get_scale() / settings.accumulate",
         "1.0",
-        "app/training/test_recipe.py::test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale",
+        "app/training/test_recipe.py::test_the_rule_sees_unscaled_gradients",
     ),
     "the overlap at a place": Guard(
         "znorm/overlap.py",

@@ -11,19 +11,19 @@ from app.config.load import config_names, load_config, parse_config, purpose
 
 
 @pytest.mark.parametrize("name", config_names())
-def test_a_config_that_is_printed_with_meanings_reads_back_as_itself(name: str) -> None:
+def test_a_config_printed_with_descriptions_reads_back_the_same(name: str) -> None:
     config = load_config(name)
     assert parse_config(documented_yaml(config), "printed") == config
 
 
-def test_every_key_stands_under_a_comment() -> None:
+def test_every_key_follows_a_comment() -> None:
     lines = documented_yaml(load_config("laptop")).splitlines()
     keys = [number for number, line in enumerate(lines) if line and not line.lstrip().startswith("#")]
     assert len(keys) > 50
     assert [lines[number] for number in keys if not lines[number - 1].lstrip().startswith("# ")] == []
 
 
-def test_a_field_without_a_meaning_is_an_error() -> None:
+def test_a_field_without_a_description_is_an_error() -> None:
     @dataclass
     class Bare:
         told: int = 0
@@ -34,7 +34,7 @@ def test_a_field_without_a_meaning_is_an_error() -> None:
         meanings(Bare)
 
 
-def test_the_meaning_of_a_field_is_the_text_under_it() -> None:
+def test_the_description_of_a_field_is_the_text_below_it() -> None:
     @dataclass
     class One:
         edge_mm: float = 1.0
@@ -45,6 +45,6 @@ def test_the_meaning_of_a_field_is_the_text_under_it() -> None:
 
 
 @pytest.mark.parametrize("name", config_names())
-def test_every_named_config_says_what_it_is_for(name: str) -> None:
+def test_every_named_config_states_its_purpose(name: str) -> None:
     assert len(purpose(name)) > 20
     assert "\n" not in purpose(name)

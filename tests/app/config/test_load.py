@@ -61,7 +61,7 @@ def verdict(text: str, *overrides: str) -> str:
     return ""
 
 
-def test_there_is_a_config_for_a_laptop_and_for_each_network() -> None:
+def test_a_laptop_and_each_network_have_a_config() -> None:
     assert {"laptop", "unet", "resunet", "resunet-znorm", "large"} <= set(config_names())
 
 
@@ -71,13 +71,13 @@ def test_each_named_config_loads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", config_names())
-def test_a_config_written_as_yaml_is_read_back_as_the_same(name: str) -> None:
+def test_a_config_survives_the_round_trip_through_yaml(name: str) -> None:
     config = load_config(name)
     assert parse_config(to_yaml(config), "written") == config
 
 
 @pytest.mark.parametrize("name", config_names())
-def test_a_config_as_plain_data_is_read_back_as_the_same(name: str) -> None:
+def test_a_config_survives_the_round_trip_through_plain_data(name: str) -> None:
     config = load_config(name)
     assert from_plain(to_plain(config), "plain") == config
 
@@ -103,7 +103,7 @@ def test_many_more_values_are_read_or_refused_with_a_config_error(key: str, valu
 
 
 @pytest.mark.parametrize("key", ["training.steps", "training.hours", "training.seed", "data.spacing_mm"])
-def test_a_number_beyond_all_bounds_is_refused_with_its_key(key: str) -> None:
+def test_an_absurdly_large_number_is_refused_with_its_key(key: str) -> None:
     assert key in refusal("training: {hours: 1}", f"{key}={10**400}")
 
 
@@ -125,21 +125,21 @@ def test_an_empty_file_means_the_defaults() -> None:
     assert parse_config("", "empty.yaml") == RunConfig()
 
 
-def test_a_mistyped_key_is_refused_with_the_key_that_was_meant() -> None:
+def test_a_mistyped_key_is_refused_with_a_suggestion() -> None:
     text = refusal("training: {steps: 1, learning_rat: 0.1}")
     assert text == "here.yaml: unknown key training.learning_rat; did you mean training.learning_rate?"
 
 
-def test_a_key_like_no_other_is_refused_with_those_known_in_its_section() -> None:
+def test_an_unknown_key_is_refused_with_the_valid_keys_of_its_section() -> None:
     assert "unknown key data.zzz; allowed here: nan_to_zero, spacing_mm" in refusal("data: {zzz: 1}")
     assert "the budget is training.hours" in refusal("training: {minutes: 5}")
 
 
-def test_an_unknown_section_is_refused_with_the_one_that_was_meant() -> None:
+def test_an_unknown_section_is_refused_with_a_suggestion() -> None:
     assert "unknown key trainings; did you mean training?" in refusal("trainings: {steps: 1}")
 
 
-def test_every_mistake_is_told_at_once() -> None:
+def test_every_mistake_is_reported_at_once() -> None:
     text = refusal("training: {steps: x, seed: y}\nnetwork: {dropout: z}")
     assert [line.split(": ")[1] for line in text.splitlines()] == [
         "network.dropout",
@@ -149,25 +149,25 @@ def test_every_mistake_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("value", ['"64"', "true", "1.5", "[1]", '{"a": 1}'])
-def test_what_is_no_whole_number_is_refused_with_key_and_value(value: str) -> None:
+def test_a_value_that_is_not_a_whole_number_is_refused_with_key_and_value(value: str) -> None:
     text = refusal(f"training: {{steps: {value}}}")
     assert text.startswith("here.yaml: training.steps: ")
     assert text.endswith(f", got {value}")
 
 
 @pytest.mark.parametrize("value", ['"0.1"', "true", ".nan", ".inf", "[0.1]"])
-def test_what_is_no_finite_number_is_refused(value: str) -> None:
+def test_a_non_finite_number_is_refused(value: str) -> None:
     assert refusal(f"training: {{steps: 1, learning_rate: {value}}}")
 
 
-def test_a_wrong_entry_of_a_list_is_named_by_its_place() -> None:
+def test_a_wrong_list_entry_is_named_by_its_index() -> None:
     assert refusal('training: {steps: 1, patch_voxels: [64, "64", 64]}').startswith(
         "here.yaml: training.patch_voxels.1: "
     )
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "0.001", "+1e-3", ".1e-2"])
-def test_every_way_to_write_a_thousandth_is_a_number_in_a_file_and_in_an_override(text: str) -> None:
+def test_every_notation_of_a_thousandth_is_a_number_in_files_and_overrides(text: str) -> None:
     in_file = parse_config(f"training: {{steps: 1, learning_rate: {text}}}", "here.yaml")
     assert in_file.training.learning_rate == 1e-3
     assert load_config("laptop", [f"training.learning_rate={text}"]).training.learning_rate == 1e-3
@@ -190,7 +190,7 @@ def test_overriding_one_budget_clears_the_other(one: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["training: {steps: 5, hours: 1}", "training: {seed: 1}"])
-def test_both_budgets_or_none_are_refused(text: str) -> None:
+def test_both_budgets_or_neither_are_refused(text: str) -> None:
     assert "training.steps, training.hours: set exactly one of them" in refusal(text)
 
 
@@ -231,7 +231,7 @@ def test_a_value_out_of_range_is_refused_with_its_key(override: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "5", "words", "true"])
-def test_a_file_that_is_no_mapping_is_refused(text: str) -> None:
+def test_a_file_that_is_not_a_mapping_is_refused(text: str) -> None:
     assert "a config is a mapping of sections, this is a " in refusal(text)
 
 
@@ -241,11 +241,11 @@ def test_a_file_that_is_not_plain_yaml_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["data: {}\ndata: {}", "training: {steps: 1, steps: 2}"])
-def test_a_key_that_stands_there_twice_is_refused_as_one_of_them_would_be_lost(text: str) -> None:
+def test_a_duplicate_key_is_refused(text: str) -> None:
     assert "twice" in refusal(text)
 
 
-def test_an_alias_is_refused_as_a_few_lines_of_them_fill_the_memory() -> None:
+def test_an_alias_is_refused_because_aliases_can_exhaust_memory() -> None:
     bomb = "\n".join(
         [
             "a: &a [1, 1]",
@@ -255,7 +255,7 @@ def test_an_alias_is_refused_as_a_few_lines_of_them_fill_the_memory() -> None:
     assert "aliases are not supported, found *a; write out the value" in refusal(bomb)
 
 
-def test_a_date_is_refused_as_no_plain_value() -> None:
+def test_a_date_is_refused() -> None:
     assert "a value other than a number, text, list or mapping" in refusal("training: {steps: 2020-01-01}")
 
 
@@ -264,19 +264,19 @@ def test_a_config_that_does_not_exist_is_refused_with_its_path(tmp_path: Path) -
         load_config(str(tmp_path / "nowhere.yaml"))
 
 
-def test_a_name_that_is_no_config_is_refused_with_those_there_are() -> None:
+def test_an_unknown_config_name_is_refused_with_the_valid_names() -> None:
     with pytest.raises(ConfigError, match=r"'desktop' is neither a named one .*laptop"):
         load_config("desktop")
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ConfigError, match=r"binary\.yaml: cannot be read"):
         load_config(str(tmp_path / "binary.yaml"))
 
 
 @pytest.mark.parametrize("override", ["training.steps", "=5", "training.=5", ".steps=5", ""])
-def test_an_override_without_key_or_value_is_refused_with_the_form(override: str) -> None:
+def test_an_override_without_key_or_value_is_refused_with_the_expected_form(override: str) -> None:
     assert f"--set {override}: expected section.key=value" in refusal("training: {steps: 1}", override)
 
 
@@ -284,7 +284,7 @@ def test_an_override_below_a_value_is_refused() -> None:
     assert "steps is a value, not a section" in refusal("training: {steps: 1}", "training.steps.more=5")
 
 
-def test_differences_name_key_old_and_new_value() -> None:
+def test_differences_list_key_old_and_new_value() -> None:
     old, new = load_config("laptop"), load_config("laptop", ["training.seed=3"])
     assert config_differences(old, new) == ["training.seed: 0 -> 3"]
     assert config_differences(old, old) == []

@@ -47,7 +47,7 @@ def finding(made_up: Probe, topic: str) -> DoctorFinding:
     return found
 
 
-def test_a_sound_machine_has_nothing_but_ok() -> None:
+def test_a_healthy_machine_passes_every_check() -> None:
     assert {found.level for found in examine(MADE_UP)} == {"ok"}
 
 
@@ -63,7 +63,7 @@ def test_a_sound_machine_has_nothing_but_ok() -> None:
         ({"gpus": (), "gpu_in_machine": False}, "note", "computes on the CPU"),
     ],
 )
-def test_the_driver_is_held_against_torch(changes: dict[str, Any], level: str, words: str) -> None:
+def test_the_driver_is_compared_with_torch(changes: dict[str, Any], level: str, words: str) -> None:
     found = finding(replace(MADE_UP, **changes), "GPU")
     assert (found.level, words in found.found) == (level, True), found
 
@@ -81,7 +81,7 @@ def test_the_driver_is_held_against_torch(changes: dict[str, Any], level: str, w
         ((12, 1), ("compute_120a",), "problem"),  # for that GPU alone
     ],
 )
-def test_a_gpu_needs_machine_code_or_code_to_compile(
+def test_a_gpu_needs_binary_code_or_ptx(
     capability: tuple[int, int], architectures: tuple[str, ...], level: str
 ) -> None:
     gpu = replace(A100, capability=capability)
@@ -98,7 +98,7 @@ def test_a_gpu_needs_machine_code_or_code_to_compile(
         (replace(CPU_ONLY, bf16_flags=("amx_bf16",)), "ok"),
     ],
 )
-def test_bfloat16_is_where_the_hardware_multiplies_it(made_up: Probe, level: str) -> None:
+def test_bfloat16_is_supported_where_the_hardware_multiplies_it(made_up: Probe, level: str) -> None:
     assert finding(made_up, "bfloat16").level == level
 
 
@@ -106,14 +106,14 @@ def test_bfloat16_is_where_the_hardware_multiplies_it(made_up: Probe, level: str
     ("capability", "precision"),
     [((9, 0), "it"), ((8, 0), "it"), ((7, 5), "float16"), ((7, 0), "float16"), ((6, 1), "float32")],
 )
-def test_the_precision_that_auto_takes_on_a_gpu_is_told(capability: tuple[int, int], precision: str) -> None:
+def test_the_precision_that_auto_uses_on_a_gpu_is_reported(capability: tuple[int, int], precision: str) -> None:
     found = finding(replace(MADE_UP, gpus=(replace(A100, capability=capability),)), "bfloat16")
     assert found.found.endswith(f"precision auto uses {precision}")
     assert ("twice the memory" in found.remedy) is (precision == "float32")
 
 
 @pytest.mark.parametrize(("gigabytes", "level"), [(1, "warning"), (4, "note"), (8, "ok")])
-def test_little_memory_is_told_with_what_bounds_it(gigabytes: int, level: str) -> None:
+def test_low_memory_is_reported_with_what_limits_it(gigabytes: int, level: str) -> None:
     limit = MemoryLimit(name="control group (memory.max)", free_bytes=gigabytes * 10**9)
     found = finding(replace(MADE_UP, memory=(limit, *MADE_UP.memory)), "memory")
     assert (found.level, "memory.max" in found.found) == (level, True)
@@ -131,13 +131,13 @@ def test_little_memory_is_told_with_what_bounds_it(gigabytes: int, level: str) -
         ({"environment": {"OMP_NUM_THREADS": "8,1"}}, "ok", ""),
     ],
 )
-def test_threads_are_held_against_cores_and_quota(changes: dict[str, Any], level: str, remedy: str) -> None:
+def test_threads_are_compared_with_cores_and_quota(changes: dict[str, Any], level: str, remedy: str) -> None:
     found = finding(replace(MADE_UP, **changes), "threads")
     assert (found.level, remedy in found.remedy) == (level, True)
 
 
 @pytest.mark.parametrize(("policy", "told"), [("ACTIVE", True), ("passive", False)])
-def test_threads_that_wait_actively_are_told(policy: str, told: bool) -> None:
+def test_busy_waiting_threads_are_reported(policy: str, told: bool) -> None:
     found = examine(replace(MADE_UP, environment={"OMP_WAIT_POLICY": policy}))
     assert any(one.topic == "OMP_WAIT_POLICY" for one in found) is told
 
@@ -152,25 +152,25 @@ def test_threads_that_wait_actively_are_told(policy: str, told: bool) -> None:
         (Place(role="cache", path="/c", free_bytes=None, writable=True), "ok"),
     ],
 )
-def test_places_are_judged_by_room_and_by_whether_they_can_be_written_to(place: Place, level: str) -> None:
+def test_folders_are_checked_for_free_space_and_write_permission(place: Place, level: str) -> None:
     topic = "cache" if place.role == "cache" else "disk"
     assert finding(replace(MADE_UP, places=(place,)), topic).level == level
 
 
 @pytest.mark.parametrize(("version", "told"), [("2.9.1+cu128", True), ("2.10.0", False), ("2.8.0", False)])
-def test_torch_2_9_is_told_to_be_slow(version: str, told: bool) -> None:
+def test_torch_2_9_is_reported_as_slow(version: str, told: bool) -> None:
     assert any(found.topic == "torch 2.9" for found in examine(replace(MADE_UP, torch=version))) is told
 
 
 @pytest.mark.parametrize(
     ("installed", "level"), [("1.6.0", "ok"), ("1.10", "ok"), ("1.5.9", "problem"), (None, "problem")]
 )
-def test_packages_are_held_against_what_is_needed(installed: str | None, level: str) -> None:
+def test_packages_are_compared_with_the_requirements(installed: str | None, level: str) -> None:
     package = Package(name="monai", least="1.6", installed=installed)
     assert finding(replace(MADE_UP, packages=(package,)), "packages").level == level
 
 
-def test_this_machine_is_looked_at_and_what_is_not_ok_has_a_way_out(tmp_path: Path) -> None:
+def test_every_problem_found_on_this_machine_has_a_remedy(tmp_path: Path) -> None:
     looked = probe([tmp_path / "not" / "there"])
     findings = examine(looked)
     assert [place.role for place in looked.places] == ["cache", "current folder", "given"]
@@ -179,7 +179,7 @@ def test_this_machine_is_looked_at_and_what_is_not_ok_has_a_way_out(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("installed", "code"), [("1.6.0", 0), ("1.5", 7)])
-def test_the_command_ends_with_7_where_there_is_a_problem(
+def test_the_command_exits_with_7_if_it_finds_a_problem(
     installed: str, code: int, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Package(name="monai", least="1.6", installed=installed)
@@ -190,20 +190,18 @@ def test_the_command_ends_with_7_where_there_is_a_problem(
 
 
 @pytest.mark.parametrize(("shm_bytes", "level"), [(64 * 10**6, "note"), (None, "note"), (10**9, "ok")])
-def test_several_gpus_may_need_more_shared_memory_than_a_container_has(shm_bytes: int | None, level: str) -> None:
+def test_several_gpus_without_enough_shared_memory_are_a_warning(shm_bytes: int | None, level: str) -> None:
     found = finding(replace(SEVERAL, shm_bytes=shm_bytes), "/dev/shm")
     assert (found.level, "--shm-size" in found.remedy) == (level, level == "note")
 
 
-def test_a_cache_from_which_no_code_can_be_loaded_is_a_warning_with_a_gpu_only() -> None:
+def test_a_noexec_cache_is_a_warning_only_with_a_gpu() -> None:
     noexec = replace(MADE_UP, kernel_cache_noexec="/tmp/triton")
     assert finding(noexec, "compiled kernels").level == "warning"
     assert "compiled kernels" not in {found.topic for found in examine(replace(noexec, gpus=()))}
 
 
-def test_the_folder_of_compiled_kernels_is_reported_if_its_mount_is_noexec(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_noexec_folder_for_compiled_kernels_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     assert probe().kernel_cache_noexec is None
     real = os.statvfs

@@ -53,7 +53,7 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("room_bytes", [0, 1 << 20])
-def test_a_label_map_read_once_is_given_as_it_is_in_the_file(tmp_path: Path, order: Any, room_bytes: int) -> None:
+def test_a_label_map_read_once_is_returned_as_stored(tmp_path: Path, order: Any, room_bytes: int) -> None:
     path = save(tmp_path / "a.nii.gz", np.asarray(tumour(4), order=order))
     maps = LabelMapsOnce(frozenset({path}), room_bytes=room_bytes)
     assert maps.values(path) == {0, 1, 2, 4}
@@ -61,7 +61,7 @@ def test_a_label_map_read_once_is_given_as_it_is_in_the_file(tmp_path: Path, ord
         np.testing.assert_array_equal(maps.give(path).voxels, tumour(4))
 
 
-def test_a_label_map_that_is_kept_is_not_read_again_and_then_forgotten(tmp_path: Path) -> None:
+def test_a_kept_label_map_is_not_read_again_and_is_then_released(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii.gz", tumour(4))
     maps = LabelMapsOnce(frozenset({path}))
     maps.values(path)
@@ -72,7 +72,7 @@ def test_a_label_map_that_is_kept_is_not_read_again_and_then_forgotten(tmp_path:
 
 
 @pytest.mark.parametrize(("labels", "values"), [(np.zeros((3, 3, 3)), {0}), (np.full((3, 3, 3), 2), {2})])
-def test_the_numbers_of_an_empty_and_of_a_full_label_map_are_told(tmp_path: Path, labels: Any, values: Any) -> None:
+def test_the_values_of_an_empty_and_of_a_full_label_map_are_reported(tmp_path: Path, labels: Any, values: Any) -> None:
     path = save(tmp_path / "a.nii.gz", labels.astype(np.uint8))
     maps = LabelMapsOnce(frozenset({path}))
     assert maps.values(path) == values
@@ -92,14 +92,14 @@ def test_either_side_may_use_either_label_convention(tmp_path: Path, prediction:
     assert evaluation.folders.reference_convention.name == {3: "brats2023", 4: "brats2021"}[reference]
 
 
-def test_a_case_without_enhancing_tumour_takes_the_convention_of_its_folder(sides: tuple[Path, Path]) -> None:
+def test_a_case_without_enhancing_tumour_uses_the_convention_of_its_folder(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(2))
     evaluation = evaluate(*map(DataSource, sides))
     assert evaluation.folders.prediction_convention.name == "brats2021"
     assert evaluation.cases[0].regions["ET"].dice == 0
 
 
-def test_label_maps_without_a_name_that_tells_their_numbers_are_refused_with_the_flag(sides: tuple[Path, Path]) -> None:
+def test_label_maps_of_unknown_convention_are_refused_with_the_flag(sides: tuple[Path, Path]) -> None:
     save(sides[1] / "a.nii.gz", tumour(3))
     save(sides[1] / "b.nii.gz", tumour(3))
     with pytest.raises(DataError, match=r"expected: label values 0, 1, 2, 3 .* --labels: brats2023 .* msd .*3 in a"):
@@ -109,7 +109,7 @@ def test_label_maps_without_a_name_that_tells_their_numbers_are_refused_with_the
     assert dice_of(evaluate(predictions, replace(references, labels="msd")))[0] != [1, 1, 1]
 
 
-def test_a_prediction_says_beside_itself_what_its_numbers_are(sides: tuple[Path, Path]) -> None:
+def test_the_json_next_to_a_prediction_states_its_label_numbers(sides: tuple[Path, Path]) -> None:
     for case in ("a", "b"):
         save(sides[0] / f"{case}.nii.gz", tumour(3))
         (sides[0] / f"{case}.json").write_text(json.dumps({"labels": {"convention": "brats2023"}}))
@@ -152,7 +152,7 @@ def test_distances_and_volumes_use_the_spacing_of_the_file(sides: tuple[Path, Pa
     assert scores.reference_volume_ml == pytest.approx(7 * 6 * 6 * 2 / 1000)
 
 
-def test_different_grids_are_a_failure_that_names_the_axis_and_the_mm(sides: tuple[Path, Path]) -> None:
+def test_different_grids_are_a_failure_naming_the_axis_and_the_distance(sides: tuple[Path, Path]) -> None:
     shifted = AFFINE.copy()
     shifted[1, 3] = 3.0
     path = save(sides[0] / "a.nii.gz", tumour(4), shifted)
@@ -163,12 +163,12 @@ def test_different_grids_are_a_failure_that_names_the_axis_and_the_mm(sides: tup
     assert str(sides[1] / "a.nii.gz") in failure
 
 
-def test_different_shapes_are_a_failure_that_gives_both(sides: tuple[Path, Path]) -> None:
+def test_different_shapes_are_a_failure_naming_both(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     assert "11x10x8 against 12x10x8" in evaluate(*map(DataSource, sides)).failures["a"]
 
 
-def test_different_grids_are_a_failure_that_names_the_flag_which_resamples(sides: tuple[Path, Path]) -> None:
+def test_different_grids_are_a_failure_naming_the_flag_that_resamples(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     evaluation = evaluate(*map(DataSource, sides))
     assert "Use --resample to resample the prediction to the grid of the reference." in evaluation.failures["a"]
@@ -227,7 +227,7 @@ def big_ball(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_ball_on_a_grid_turned_by_15_degrees_scores_high_when_resampled(tmp_path: Path, axis: int) -> None:
+def test_a_ball_on_a_grid_rotated_by_15_degrees_scores_high_when_resampled(tmp_path: Path, axis: int) -> None:
     affine = AFFINE.copy()
     affine[:3, 3] = (32, 32, -32)
     turned = rotation(15, axis) @ affine
@@ -238,7 +238,7 @@ def test_a_ball_on_a_grid_turned_by_15_degrees_scores_high_when_resampled(tmp_pa
     assert min(dice_of(evaluation)[0]) > 0.95
 
 
-def test_fields_of_view_without_a_voxel_in_common_are_a_failure_and_no_score_of_0(sides: tuple[Path, Path]) -> None:
+def test_disjoint_fields_of_view_are_a_failure_and_not_a_score_of_0(sides: tuple[Path, Path]) -> None:
     away = AFFINE.copy()
     away[0, 3] = 400
     path = save(sides[0] / "a.nii.gz", tumour(4), away)
@@ -248,7 +248,7 @@ def test_fields_of_view_without_a_voxel_in_common_are_a_failure_and_no_score_of_
     assert "400.00 mm on axis x" in evaluation.failures["a"]
 
 
-def test_the_command_line_says_which_cases_were_resampled(
+def test_the_command_line_reports_which_cases_were_resampled(
     sides: tuple[Path, Path], tmp_path: Path, znormseg: Callable[..., Any]
 ) -> None:
     save_shifted(sides[0] / "a.nii.gz")
@@ -305,7 +305,7 @@ def test_a_folder_that_mixes_conventions_is_refused_with_a_file_of_each(sides: t
         evaluate(*map(DataSource, sides))
 
 
-def test_when_nothing_can_be_scored_the_reasons_are_raised(sides: tuple[Path, Path]) -> None:
+def test_if_nothing_can_be_scored_the_error_has_all_reasons(sides: tuple[Path, Path]) -> None:
     for case in ("a", "b"):
         save(sides[0] / f"{case}.nii.gz", tumour(4)[:-1])
     with pytest.raises(DataError, match=r"none of the 2 cases.*case a: .*11x10x8.*case b: "):
@@ -321,7 +321,7 @@ def test_cases_on_one_side_only_are_reported(sides: tuple[Path, Path]) -> None:
     assert [scores.case for scores in evaluation.cases] == ["a", "b"]
 
 
-def test_no_common_case_shows_ids_of_both_sides_and_the_naming_rules(tmp_path: Path) -> None:
+def test_without_a_common_case_the_error_shows_ids_of_both_sides_and_naming_rules(tmp_path: Path) -> None:
     for number in range(5):
         save(tmp_path / "predicted" / f"p{number}.nii.gz", tumour(4))
     save(tmp_path / "expected" / "e0-seg.nii.gz", tumour(4))
@@ -329,7 +329,7 @@ def test_no_common_case_shows_ids_of_both_sides_and_the_naming_rules(tmp_path: P
         evaluate(DataSource(tmp_path / "predicted"), DataSource(tmp_path / "expected"))
 
 
-def test_predictions_are_matched_to_case_folders_that_hold_a_seg(tmp_path: Path) -> None:
+def test_predictions_are_matched_to_case_folders_with_a_seg_file(tmp_path: Path) -> None:
     case = "BraTS-GLI-00001-000"
     save(tmp_path / "predicted" / f"{case}.nii.gz", tumour(3))
     save(tmp_path / "expected" / case / f"{case}-seg.nii.gz", tumour(3))
@@ -338,7 +338,7 @@ def test_predictions_are_matched_to_case_folders_that_hold_a_seg(tmp_path: Path)
     ] == [case]
 
 
-def test_each_case_is_announced_once_and_in_order_with_the_share_that_is_done(sides: tuple[Path, Path]) -> None:
+def test_each_case_is_reported_once_and_in_order_with_the_progress(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     announced: list[tuple[str, float]] = []
     evaluate(*map(DataSource, sides), on_case=lambda case, share: announced.append((case, share)))
@@ -384,9 +384,7 @@ def test_the_table_holds_cases_mean_and_median_in_full_precision(sides: tuple[Pa
     assert float(table[2]["ET_hd95_mm"]) == evaluation.means()["ET"]["hd95_mm"]
 
 
-def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
-    sides: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_rewriting_the_table_replaces_it_and_leaves_no_other_file(sides: tuple[Path, Path], tmp_path: Path) -> None:
     evaluation = evaluate(*map(DataSource, sides))
     place = tmp_path / "result"
     place.mkdir()
@@ -396,7 +394,7 @@ def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
     assert (place / "scores.csv").read_text().startswith("case,WT_dice,")
 
 
-def test_the_table_is_refused_where_it_cannot_stand(sides: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_table_path_that_cannot_be_written_is_refused(sides: tuple[Path, Path], tmp_path: Path) -> None:
     evaluation = evaluate(*map(DataSource, sides))
     with pytest.raises(DataError, match="a folder; give the name"):
         evaluation.write_table(tmp_path)
@@ -413,7 +411,7 @@ def test_the_terminal_table_rounds_dice_to_3_and_hd95_to_1_decimal(sides: tuple[
     assert table[2][:3] == ["b", "1.000", "0.0"]
 
 
-def test_references_that_predict_wrote_are_asked_about(sides: tuple[Path, Path], znormseg: Callable[..., Any]) -> None:
+def test_references_written_by_predict_cause_a_warning(sides: tuple[Path, Path], znormseg: Callable[..., Any]) -> None:
     assert "swapped" not in znormseg("evaluate", *sides).err
     (sides[1] / "a.json").write_text('{"made_from": {}}')
     (sides[1] / "b.json").write_text('["of a scanner"]')
@@ -422,7 +420,7 @@ def test_references_that_predict_wrote_are_asked_about(sides: tuple[Path, Path],
     assert "predict wrote some references: a. Are PREDICTIONS and REFERENCES swapped?" in ended.err
 
 
-def test_the_penalty_of_374_mm_is_explained_where_it_occurs_alone(
+def test_the_penalty_of_374_mm_is_explained_only_where_it_occurs(
     sides: tuple[Path, Path], znormseg: Callable[..., Any]
 ) -> None:
     assert "HD95 374 mm: only one label map has the region" not in znormseg("evaluate", *sides).out

@@ -110,14 +110,14 @@ def test_scores_are_those_of_the_official_script(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.0, 1.0), (0.7, 1.1, 3.1)])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_fast_hd95_equals_the_slow_one(seed: int, spacing_mm: tuple[float, float, float]) -> None:
+def test_the_fast_hd95_equals_the_slow_reference(seed: int, spacing_mm: tuple[float, float, float]) -> None:
     prediction, reference = np.random.default_rng(seed).random((2, 6, 5, 4)) < 0.3
     expected = slow_hausdorff95_mm(prediction, reference, spacing_mm)
     assert hausdorff95_mm(prediction, reference, spacing_mm) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_fast_hd95_equals_the_slow_one_on_smooth_masks(seed: int) -> None:
+def test_the_fast_hd95_equals_the_slow_reference_on_smooth_masks(seed: int) -> None:
     prediction, reference = blobs(seed)
     expected = slow_hausdorff95_mm(prediction, reference, (0.9, 1.2, 2.0))
     assert hausdorff95_mm(prediction, reference, (0.9, 1.2, 2.0)) == pytest.approx(expected, abs=1e-9)
@@ -130,7 +130,7 @@ def test_cropping_does_not_change_hd95(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [hausdorff95_mm(*pair, (0.9, 1.2, 2.0)) for pair in cases] == cropped
 
 
-def test_the_surface_areas_are_those_of_monai() -> None:
+def test_the_surface_areas_equal_those_of_monai() -> None:
     from monai.metrics.utils import get_code_to_measure_table
 
     expected = get_code_to_measure_table((0.7, 1.1, 3.1))[0].numpy()
@@ -139,7 +139,7 @@ def test_the_surface_areas_are_those_of_monai() -> None:
 
 @properties
 @given(pairs, spacings)
-def test_dice_and_hd95_do_not_care_which_mask_is_the_reference(pair: Any, spacing_mm: Any) -> None:
+def test_dice_and_hd95_are_symmetric(pair: Any, spacing_mm: Any) -> None:
     first, second = pair
     assert dice(first, second) == dice(second, first)
     assert hausdorff95_mm(first, second, spacing_mm) == hausdorff95_mm(second, first, spacing_mm)
@@ -174,7 +174,7 @@ def test_more_background_around_both_masks_changes_nothing(pair: Any, width: Any
 
 @properties
 @given(pairs)
-def test_voxels_twice_as_large_double_hd95(pair: Any) -> None:
+def test_doubling_the_voxel_size_doubles_hd95(pair: Any) -> None:
     first, second = pair
     if first.any() and second.any():
         small, large = (hausdorff95_mm(first, second, (0.5 * k, 0.75 * k, 1.5 * k)) for k in (1, 2))
@@ -183,7 +183,7 @@ def test_voxels_twice_as_large_double_hd95(pair: Any) -> None:
 
 @properties
 @given(pairs)
-def test_shares_lie_between_0_and_1(pair: Any) -> None:
+def test_ratios_are_between_0_and_1(pair: Any) -> None:
     for score in (dice, sensitivity, specificity):
         assert 0 <= score(*pair) <= 1
 
@@ -224,7 +224,7 @@ def test_a_shifted_cube_agrees_where_its_surface_is_within_the_tolerance() -> No
 
 @pytest.mark.parametrize("tolerance_mm", [0.0, 1.0, 2.3])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_fast_surface_dice_equals_the_slow_one(seed: int, tolerance_mm: float) -> None:
+def test_the_fast_surface_dice_equals_the_slow_reference(seed: int, tolerance_mm: float) -> None:
     prediction, reference = blobs(seed)
     expected = slow_surface_dice(prediction, reference, (0.9, 1.2, 2.0), tolerance_mm)
     assert surface_dice(prediction, reference, (0.9, 1.2, 2.0), tolerance_mm) == pytest.approx(
@@ -238,7 +238,7 @@ def test_a_voxel_of_1_mm_in_single_precision_is_within_a_tolerance_of_1_mm() -> 
 
 
 @pytest.mark.parametrize("tolerance_mm", [-1.0, float("nan"), float("inf")])
-def test_a_tolerance_that_is_no_distance_is_refused(tolerance_mm: float) -> None:
+def test_an_invalid_tolerance_is_refused(tolerance_mm: float) -> None:
     with pytest.raises(ValueError, match="tolerance"):
         surface_dice(*blobs(0), MM, tolerance_mm)
 
@@ -265,7 +265,7 @@ def test_empty_and_full_masks_follow_the_rules_of_2023(
     assert {name: getattr(scores, name) for name in expected} == expected
 
 
-def test_region_scores_take_oedema_for_whole_tumour_only() -> None:
+def test_oedema_only_counts_towards_whole_tumour() -> None:
     reference = np.array([1, 2, 3, 0], dtype=np.uint8).reshape(4, 1, 1)
     prediction = np.array([1, 0, 3, 0], dtype=np.uint8).reshape(4, 1, 1)
     scores = region_scores(prediction, reference, (10.0, 10.0, 10.0))
@@ -282,7 +282,7 @@ def test_masks_of_different_shapes_are_refused() -> None:
         dice(np.ones((2, 2, 2), dtype=bool), np.ones((2, 2, 3), dtype=bool))
 
 
-def test_masks_that_are_not_boolean_are_refused() -> None:
+def test_non_boolean_masks_are_refused() -> None:
     with pytest.raises(ValueError, match="boolean, not uint8"):
         dice(np.ones((2, 2, 2), dtype=np.uint8), np.ones((2, 2, 2), dtype=bool))
 

@@ -18,7 +18,7 @@ TRUTH = np.array([0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
 PROBABILITY = np.array([0.1, 0.6, 0.5, 0.9, 0.8, 0.2])
 
 
-def test_the_measures_are_those_of_scikit_learn() -> None:
+def test_the_metrics_equal_those_of_scikit_learn() -> None:
     found = presence_measures(TRUTH, PROBABILITY, threshold=0.5)
     assert found["auroc"] == metrics.roc_auc_score(TRUTH, PROBABILITY)
     assert found["brier"] == pytest.approx(np.mean((TRUTH - PROBABILITY) ** 2))
@@ -26,28 +26,28 @@ def test_the_measures_are_those_of_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize("kind", [0.0, 1.0])
-def test_one_kind_alone_has_no_roc_curve_but_a_brier_score(kind: float) -> None:
+def test_a_single_class_has_a_brier_score_but_no_roc_curve(kind: float) -> None:
     found = presence_measures(np.full(3, kind), np.array([0.2, 0.4, 0.9]), threshold=0.5)
     assert found["auroc"] is None
     assert found["sensitivity_at_specificity"] is None
     assert found["brier"] is not None
 
 
-def test_the_sensitivity_at_full_specificity_counts_only_those_above_every_absent_case() -> None:
+def test_sensitivity_at_full_specificity_counts_cases_above_every_absent_one() -> None:
     assert sensitivity_at(TRUTH, PROBABILITY, 1.0) == pytest.approx(2 / 3)
 
 
-def test_probabilities_that_are_right_on_average_have_no_calibration_error() -> None:
+def test_probabilities_that_are_correct_on_average_have_no_calibration_error() -> None:
     assert calibration_error(np.array([0.0, 1.0]), np.array([0.5, 0.5])) == 0
 
 
-def test_inverted_answers_mirror_the_area_under_the_curve() -> None:
+def test_inverted_predictions_mirror_the_area_under_the_curve() -> None:
     area = area_under_roc(TRUTH, PROBABILITY)
     assert area is not None
     assert area_under_roc(TRUTH, 1 - PROBABILITY) == pytest.approx(1 - area)
 
 
-def test_intervals_hold_the_value_and_are_the_same_every_time() -> None:
+def test_intervals_contain_the_value_and_are_reproducible() -> None:
     patients = list("abcdef")
     one, other = (with_intervals(TRUTH, PROBABILITY, patients, threshold=0.5, resamples=50) for _ in range(2))
     assert one == other
@@ -58,6 +58,6 @@ def test_intervals_hold_the_value_and_are_the_same_every_time() -> None:
     assert brier.low <= brier.value <= brier.high
 
 
-def test_one_patient_alone_has_no_interval() -> None:
+def test_a_single_patient_has_no_interval() -> None:
     found = with_intervals(TRUTH, PROBABILITY, ["a"] * 6, threshold=0.5, resamples=10)
     assert found["brier"].low is None

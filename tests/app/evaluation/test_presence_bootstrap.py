@@ -19,7 +19,7 @@ EXAMPLES = st.lists(
 
 
 @given(EXAMPLES, st.sampled_from([0.1, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 0.9, 1.0]))
-def test_a_sample_has_the_measures_of_its_examples_repeated(
+def test_a_bootstrap_sample_has_the_metrics_of_its_repeated_examples(
     examples: list[tuple[float, float, int]], threshold: float, specificity: float
 ) -> None:
     truth, probability, counts = (np.array(column) for column in zip(*examples, strict=True))

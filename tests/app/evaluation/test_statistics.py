@@ -35,35 +35,35 @@ def test_an_arm_does_not_differ_from_itself(scores: np.ndarray) -> None:
 
 
 @given(SCORES)
-def test_the_interval_lies_within_the_range_of_the_values(values: np.ndarray) -> None:
+def test_the_interval_is_within_the_range_of_the_values(values: np.ndarray) -> None:
     low, high = bootstrap_interval(values, resamples=50)
     assert values.min() - 1e-9 <= low <= high <= values.max() + 1e-9
 
 
 @given(SCORES, st.floats(-1, 1))
-def test_a_constant_added_moves_the_interval_by_itself(values: np.ndarray, constant: float) -> None:
+def test_adding_a_constant_shifts_the_interval_by_it(values: np.ndarray, constant: float) -> None:
     before, after = bootstrap_interval(values, resamples=50), bootstrap_interval(values + constant, resamples=50)
     np.testing.assert_allclose(np.array(after) - before, constant, atol=1e-9)
 
 
-def test_the_interval_is_the_same_each_time() -> None:
+def test_the_interval_is_reproducible() -> None:
     values = np.random.default_rng(0).normal(size=(3, 10))
     assert bootstrap_interval(values) == bootstrap_interval(values)
 
 
-def test_the_interval_of_many_cases_is_the_one_of_the_normal_distribution() -> None:
+def test_with_many_cases_the_interval_approaches_the_normal_one() -> None:
     values = np.random.default_rng(1).normal(0.5, 0.1, size=(1, 400))
     low, high = bootstrap_interval(values)
     expected = 1.96 * values.std() / np.sqrt(400)
     assert (high - low) / 2 == pytest.approx(expected, rel=0.05)
 
 
-def test_the_interval_holds_the_spread_between_seeds() -> None:
+def test_the_interval_includes_the_spread_between_seeds() -> None:
     by_seed = np.repeat([[0.0], [1.0]], 50, axis=1)
     assert bootstrap_interval(by_seed) == (0.0, 1.0)
 
 
-def test_swapping_the_arms_turns_the_sign() -> None:
+def test_swapping_the_arms_flips_the_sign() -> None:
     one, other = np.random.default_rng(2).random((2, 2, 8))
     forth, back = paired_difference(one, other), paired_difference(other, one)
     assert forth.mean == pytest.approx(-back.mean)
@@ -87,32 +87,32 @@ def test_the_signed_rank_test_of_six_equal_signs_is_exact() -> None:
         ([0.0, 0.0, 0.0, 1.0, 2.0, 3.0], "too few cases that differ for a test (3; 6 are needed)"),
     ],
 )
-def test_without_enough_cases_there_is_no_test_and_the_reason_is_said(differences: list[float], said: str) -> None:
+def test_with_too_few_cases_no_test_is_made_and_the_reason_is_given(differences: list[float], said: str) -> None:
     assert signed_rank(np.array(differences)) == (None, said)
 
 
-def test_tied_differences_do_not_disturb_the_test() -> None:
+def test_the_test_handles_tied_differences() -> None:
     p, said = signed_rank(np.array([0.1] * 10))
     assert p is not None
     assert (p < 0.05, said) == (True, "")
 
 
 @given(st.lists(P, max_size=6))
-def test_holm_keeps_order_and_never_lowers_a_p(p: list[float | None]) -> None:
+def test_holm_keeps_the_order_and_never_lowers_a_p_value(p: list[float | None]) -> None:
     pairs = [(before, after) for before, after in zip(p, holm(p), strict=True) if before is not None]
     assert all(after is not None and before <= after <= 1 for before, after in pairs)
     assert [after for _, after in sorted(pairs)] == sorted(after for _, after in pairs)  # type: ignore[type-var]
 
 
-def test_holm_multiplies_the_lowest_by_the_number_of_tests() -> None:
+def test_holm_multiplies_the_lowest_p_value_by_the_number_of_tests() -> None:
     assert holm([0.03, 0.01, None, 0.02]) == [pytest.approx(0.04), 0.03, None, pytest.approx(0.04)]
 
 
-def test_the_spread_of_one_value_is_not_known() -> None:
+def test_the_spread_of_one_value_is_unknown() -> None:
     assert (spread([0.5]), spread([0.0, 2.0])) == (None, pytest.approx(2**0.5))
 
 
-def test_a_dice_never_reached_has_no_step() -> None:
+def test_a_dice_that_is_never_reached_has_no_step() -> None:
     assert first_step_at([10, 20], [0.1, float("nan")], 0.5) is None
 
 
@@ -126,34 +126,34 @@ def words(**changes: object) -> str:
     return verdict("znorm", "clip", "adamw", dataclasses.replace(BETTER, **changes))  # type: ignore[arg-type]
 
 
-def test_better_names_size_interval_and_p() -> None:
+def test_the_verdict_better_states_size_interval_and_p_value() -> None:
     assert words() == (
         "znorm is better than clip by 0.021 Dice (95 % interval 0.004 to 0.038; signed-rank p = 0.020) under adamw."
     )
 
 
-def test_worse_names_them_too() -> None:
+def test_the_verdict_worse_states_them_too() -> None:
     said = words(mean=-0.021, low=-0.038, high=-0.004)
     assert said.startswith("znorm is worse than clip by 0.021 Dice (95 % interval -0.038 to -0.004;")
 
 
-def test_an_interval_that_holds_0_shows_no_difference_whatever_the_test_says() -> None:
+def test_an_interval_with_0_shows_no_difference_even_if_the_test_does() -> None:
     said = words(low=-0.004)
     assert said.startswith("No difference between znorm and clip was shown under adamw")
     assert "contains 0" in said
 
 
-def test_a_test_that_does_not_agree_shows_no_difference() -> None:
+def test_without_significance_no_difference_is_claimed() -> None:
     assert "was shown under adamw: +0.021 Dice" in words(p=0.03, p_holm=0.06)
 
 
-def test_without_a_test_there_is_a_hint_alone() -> None:
+def test_without_a_test_the_verdict_is_only_a_hint() -> None:
     said = words(p=None, p_holm=None, cases=3, no_test="too few cases for a test (3; 6 are needed)")
     assert said.startswith("znorm scored higher than clip by 0.021 Dice")
     assert said.endswith("too few cases for a test (3; 6 are needed): a hint, not a proof.")
 
 
-def test_one_seed_is_told_in_the_past_tense() -> None:
+def test_results_of_one_seed_are_stated_in_the_past_tense() -> None:
     assert "was better" in words(seeds=1)
     assert "in the one seed that was trained" in words(seeds=1)
 
@@ -163,7 +163,7 @@ def test_equal_scores_are_called_the_same() -> None:
     assert same == "znorm and clip had the same Dice in every case under adamw."
 
 
-def test_an_end_close_to_0_is_not_told_as_0() -> None:
+def test_a_limit_close_to_0_is_not_rounded_to_0() -> None:
     assert "0.0002 to 0.038" in words(low=0.0002)
 
 
@@ -179,7 +179,7 @@ def test_better_and_worse_need_interval_and_test(ends: list[float], p: float | N
     assert strong == ((low > 0 or high < 0) and p is not None and p <= 0.05)
 
 
-def test_a_comparison_of_enough_of_everything_has_no_caveat() -> None:
+def test_a_comparison_with_enough_of_everything_has_no_caveat() -> None:
     assert caveats(seeds=3, cases=10, tested=True, at_border=[], same_start=True, backends=["torch"]) == []
 
 
@@ -199,7 +199,7 @@ def test_a_comparison_of_enough_of_everything_has_no_caveat() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_each_limit_is_said(change: dict[str, object], said: str) -> None:
+def test_each_limitation_is_stated(change: dict[str, object], said: str) -> None:
     enough = {"seeds": 3, "cases": 10, "tested": True, "at_border": [], "same_start": True, "backends": ["torch"]}
     sentences = caveats(**{**enough, **change})  # type: ignore[arg-type]
     assert len(sentences) == 1

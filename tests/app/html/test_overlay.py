@@ -45,12 +45,12 @@ def pixels_of(picture: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> t
 SPOT = block(slice(4, 10), slice(4, 10), slice(4, 10))
 
 
-def test_picture_holds_three_rows_of_two_square_panels() -> None:
+def test_the_picture_has_three_rows_of_two_square_panels() -> None:
     assert draw(overlay(SPOT, SPOT)).shape == (3 * SIDE + 2 * GAP_PX, 2 * SIDE + GAP_PX, 3)
 
 
 @pytest.mark.parametrize("code", [OEDEMA, NECROSIS, ENHANCING])
-def test_prediction_is_outlined_in_the_right_column_alone(code: int) -> None:
+def test_the_prediction_is_outlined_only_in_the_right_column(code: int) -> None:
     regions: dict[int, Region] = {OEDEMA: "WT", NECROSIS: "TC", ENHANCING: "ET"}
     colour = OUTLINE_COLOURS[regions[code]]
     picture = draw(overlay(np.where(SPOT, code, 0).astype(np.uint8), empty()))
@@ -59,7 +59,7 @@ def test_prediction_is_outlined_in_the_right_column_alone(code: int) -> None:
         assert pixels_of(panel(picture, row, 0), colour)[0].size == 0
 
 
-def test_reference_is_outlined_in_the_left_column_alone() -> None:
+def test_the_reference_is_outlined_only_in_the_left_column() -> None:
     picture = draw(overlay(empty(), SPOT))
     assert pixels_of(panel(picture, 0, 0), OUTLINE_COLOURS["WT"])[0].size > 0
     assert pixels_of(panel(picture, 0, 1), OUTLINE_COLOURS["WT"])[0].size == 0
@@ -126,7 +126,7 @@ def test_empty_case_is_drawn_without_outlines() -> None:
     assert all(pixels_of(draw(case), colour)[0].size == 0 for colour in OUTLINE_COLOURS.values())
 
 
-def test_outside_the_brain_is_black_though_intensities_are_negative() -> None:
+def test_everything_outside_the_brain_is_black_even_with_negative_intensities() -> None:
     background = np.zeros((24, 24, 24), dtype=np.float32)
     background[8:16, 8:16, 8:16] = np.linspace(-3, 3, 512).reshape(8, 8, 8)
     case = OverlayCase(
@@ -136,7 +136,7 @@ def test_outside_the_brain_is_black_though_intensities_are_negative() -> None:
     assert panel(draw(case), 0, 1)[2, 2].max() == 0
 
 
-def test_grids_that_differ_are_refused_with_the_case_id() -> None:
+def test_differing_grids_are_refused_with_the_case_id() -> None:
     with pytest.raises(ValueError, match=r"case a: .*the same shape"):
         OverlayCase(
             case="a", background=np.ones((4, 4, 4), dtype=np.float32), background_name="T1c",
@@ -144,6 +144,6 @@ def test_grids_that_differ_are_refused_with_the_case_id() -> None:
         )  # fmt: skip
 
 
-def test_panels_too_small_to_read_are_refused() -> None:
+def test_panels_that_are_too_small_to_read_are_refused() -> None:
     with pytest.raises(ValueError, match="64 pixels"):
         overlay_picture(overlay(SPOT, SPOT), height_px=10)

@@ -25,7 +25,7 @@ def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "choose_runtime", opened)
 
 
-def test_without_a_gpu_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_no_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "app.planning.device_facts.subprocess.run", lambda *_, **__: pytest.fail("a process was started")
     )
@@ -34,12 +34,12 @@ def test_without_a_gpu_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("with_a_gpu")
-def test_a_gpu_is_asked_by_another_process() -> None:
+def test_a_gpu_is_queried_in_another_process() -> None:
     assert device_facts(RuntimeConfig(precision="bfloat16")) == DeviceFacts(half=True)
 
 
 @pytest.mark.usefixtures("with_a_gpu")
-def test_a_gpu_that_the_other_process_cannot_use_is_an_error_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_the_other_process_cannot_use_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.CompletedProcess([], 1, stdout="", stderr="CUDA-capable device(s) is/are busy")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
     with pytest.raises(DeviceError, match=r"is/are busy\. If another process holds it, wait"):
@@ -47,6 +47,6 @@ def test_a_gpu_that_the_other_process_cannot_use_is_an_error_of_the_device(monke
 
 
 @pytest.mark.usefixtures("with_a_gpu")
-def test_a_device_that_the_other_process_does_not_find_is_an_error_here() -> None:
+def test_a_device_that_the_other_process_cannot_find_is_an_error() -> None:
     with pytest.raises(DeviceError, match="device cuda:1: "):
         device_facts(RuntimeConfig(device="cuda:1"))

@@ -76,7 +76,7 @@ def test_a_patch_fits_the_network_the_brain_and_the_machine(hardware: Hardware) 
     assert config.training.batch_size >= 2
 
 
-def test_a_large_gpu_takes_the_whole_brain_and_a_cpu_bounds_the_voxels_of_a_step() -> None:
+def test_a_large_gpu_takes_the_whole_brain_and_a_cpu_limits_the_voxels_per_step() -> None:
     assert planned(replace(GPU, gpu_bytes=80 * GB), load_config("resunet")).config.training.patch_voxels == (
         144,
         176,
@@ -104,7 +104,7 @@ def test_a_small_brain_gets_fewer_levels() -> None:
     ("spacing", "fixed", "levels"),
     [(1.0, (), 6), (4.0, (), 4), (10.0, (), 3), (4.0, ("network.blocks",), 6)],
 )
-def test_levels_go_with_their_blocks_and_leave_what_deep_supervision_needs(
+def test_removing_levels_removes_their_blocks_but_keeps_enough_for_deep_supervision(
     spacing: float, fixed: tuple[str, ...], levels: int
 ) -> None:
     large = load_config("large")
@@ -114,7 +114,7 @@ def test_levels_go_with_their_blocks_and_leave_what_deep_supervision_needs(
     assert load_config_of(config) == config
 
 
-def test_unequal_spacing_is_left_to_the_median_by_axis() -> None:
+def test_unequal_spacings_give_the_median_per_axis() -> None:
     plan = planned(spacing_mm=(0.5, 0.5, 5.0))
     assert (plan.config.data.spacing_mm, plan.bounds.spacing_mm) == (None, (0.5, 0.5, 5.0))
 
@@ -139,7 +139,7 @@ def test_steps_follow_the_cases_between_two_bounds(cases: int, steps: int) -> No
         "runtime.loader_threads=3",
     ],
 )
-def test_what_the_user_set_is_kept_and_told(override: str) -> None:
+def test_user_settings_are_kept_and_reported(override: str) -> None:
     key = override.partition("=")[0]
     base = load_config("laptop", [override])
     plan = planned(base=base, fixed=[key])
@@ -148,7 +148,7 @@ def test_what_the_user_set_is_kept_and_told(override: str) -> None:
     assert [choice.reason for choice in plan.choices if choice.key == key] == ["set by you"]
 
 
-def test_everything_that_is_not_planned_stays_as_it_was() -> None:
+def test_unplanned_settings_keep_their_values() -> None:
     before, after = to_plain(LAPTOP), to_plain(planned().config)
     assert {section: after[section] for section in ("gradient", "augment", "inference")} == {
         section: before[section] for section in ("gradient", "augment", "inference")
@@ -169,7 +169,7 @@ def test_every_choice_has_a_reason() -> None:
     assert all(choice.reason for choice in plan.choices)
 
 
-def test_half_of_the_tumours_fit_into_what_is_as_large_as_half_of_them() -> None:
+def test_half_of_the_tumours_fit_into_a_patch_of_their_median_size() -> None:
     assert [ADULT.tumours_inside((side,) * 3) for side in (40, 60, 90)] == [0.0, 0.5, 1.0]
 
 
@@ -183,7 +183,7 @@ def test_an_estimate_grows_with_batch_patch_and_channels() -> None:
     assert step_bytes(LAPTOP, half=True) < step_bytes(LAPTOP, half=False)
 
 
-def test_an_estimate_has_the_coarser_logits_of_deep_supervision() -> None:
+def test_an_estimate_includes_the_coarser_logits_of_deep_supervision() -> None:
     settings = ("network.architecture=resenc", "training.patch_voxels=[32, 32, 32]")
     plain, deep = (
         load_config("laptop", [*settings, f"network.deep_supervision={wanted}"]) for wanted in ("false", "true")
@@ -191,7 +191,7 @@ def test_an_estimate_has_the_coarser_logits_of_deep_supervision() -> None:
     assert step_bytes(deep, half=False) > step_bytes(plain, half=False)
 
 
-def test_on_a_gpu_batches_alone_are_in_ram() -> None:
+def test_on_a_gpu_only_batches_are_in_ram() -> None:
     there, here = estimate(LAPTOP, half=True, gpu=True), estimate(LAPTOP, half=True, gpu=False)
     assert (here.gpu, there.gpu > 0) == (0, True)
     assert there.host + there.gpu == pytest.approx(here.host, abs=2)
@@ -200,7 +200,7 @@ def test_on_a_gpu_batches_alone_are_in_ram() -> None:
 # Fitting
 
 
-def test_smaller_is_smaller_each_time_and_comes_to_an_end() -> None:
+def test_shrinking_reduces_the_config_each_time_and_terminates() -> None:
     config, seen = changed(LAPTOP, patch_voxels=(96, 96, 64), batch_size=6), [1 << 60]
     words = []
     while (following := smaller_network(config, fixed=())) is not None:
@@ -213,7 +213,7 @@ def test_smaller_is_smaller_each_time_and_comes_to_an_end() -> None:
 
 
 @pytest.mark.parametrize("config", ["laptop", "unet", "resunet", "large"])
-def test_every_smaller_config_is_valid(config: str) -> None:
+def test_every_shrunk_config_is_valid(config: str) -> None:
     following: Any = (load_config(config), "")
     while following is not None:
         assert load_config_of(following[0]) == following[0]
@@ -226,7 +226,7 @@ def load_config_of(config: RunConfig) -> RunConfig:
     return parse_config(to_yaml(config), "test")
 
 
-def test_what_the_user_set_is_not_made_smaller() -> None:
+def test_user_settings_are_not_shrunk() -> None:
     keys = ("training.batch_size", "training.patch_voxels", "network.channels")
     assert smaller_network(LAPTOP, fixed=keys) is None
     for key in keys:
@@ -263,14 +263,14 @@ def made_up_trial(most: int) -> Callable[[RunConfig], Needed | TooMuch]:
     return try_out
 
 
-def test_what_fits_at_once_is_left_as_it_is() -> None:
+def test_a_config_that_fits_is_left_unchanged() -> None:
     fitted = fit(LAPTOP, made_up_trial(10 * GB), most_bytes=10 * GB, half=True, gpu=False, fixed=())
     assert fitted.config == LAPTOP
     assert [attempt.changed for attempt in fitted.attempts] == [""]
 
 
 @pytest.mark.parametrize("gigabytes", [1.5, 1.0, 0.75])
-def test_what_does_not_fit_becomes_smaller_in_few_attempts(gigabytes: float) -> None:
+def test_a_config_that_does_not_fit_is_shrunk_in_few_attempts(gigabytes: float) -> None:
     most = int(gigabytes * GB)
     large = changed(LAPTOP, patch_voxels=(128, 128, 128), batch_size=8)
     fitted = fit(large, made_up_trial(most), most_bytes=most, half=True, gpu=False, fixed=())
@@ -280,12 +280,12 @@ def test_what_does_not_fit_becomes_smaller_in_few_attempts(gigabytes: float) -> 
     assert fitted.attempts[-1].changed.startswith("batch 8 -> 4")
 
 
-def test_where_nothing_fits_the_error_says_what_the_smallest_attempt_needed() -> None:
+def test_if_nothing_fits_the_error_states_what_the_smallest_attempt_needed() -> None:
     with pytest.raises(MemoryShortError, match=r"smallest attempt, patch 32x32x32, batch 1, channels \[8, .*too much"):
         fit(LAPTOP, made_up_trial(1), most_bytes=GB, half=True, gpu=False, fixed=())
 
 
-def test_an_error_names_the_settings_that_were_not_touched() -> None:
+def test_the_error_names_the_settings_that_were_not_changed() -> None:
     with pytest.raises(MemoryShortError, match=r"keys were not changed: training\.batch_size, training\.patch_voxels"):
         fit(
             LAPTOP,
@@ -300,7 +300,7 @@ def test_an_error_names_the_settings_that_were_not_touched() -> None:
 # Fingerprints
 
 
-def test_the_fingerprint_of_phantoms_is_what_they_are(phantoms: Path) -> None:
+def test_the_fingerprint_describes_the_phantoms(phantoms: Path) -> None:
     read = read_data_set(DataSource(phantoms))
     found = read.fingerprint
     assert (found.cases, found.with_label_map, found.patients) == (6, 6, 6)
@@ -313,7 +313,7 @@ def test_the_fingerprint_of_phantoms_is_what_they_are(phantoms: Path) -> None:
     assert found.bytes_on_disk == sum(path.stat().st_size for path in phantoms.glob("*/*.nii.gz"))
 
 
-def test_the_brain_box_is_the_one_that_is_prepared(phantoms: Path) -> None:
+def test_the_brain_box_equals_the_prepared_one(phantoms: Path) -> None:
     from data.preprocess import prepare
 
     read = read_data_set(DataSource(phantoms))
@@ -322,7 +322,7 @@ def test_the_brain_box_is_the_one_that_is_prepared(phantoms: Path) -> None:
         assert [side * 4.0 for side in shape] == pytest.approx(list(extent.brain_mm))
 
 
-def test_a_data_set_without_label_maps_cannot_be_planned_for(phantoms: Path, tmp_path: Path) -> None:
+def test_no_plan_can_be_made_without_label_maps(phantoms: Path, tmp_path: Path) -> None:
     import shutil
 
     data = shutil.copytree(phantoms, tmp_path / "data")
@@ -335,7 +335,7 @@ def test_a_data_set_without_label_maps_cannot_be_planned_for(phantoms: Path, tmp
 # The command
 
 
-def test_the_plan_is_a_whole_config_with_its_reasons(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_the_plan_is_a_complete_config_with_its_reasons(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     out = tmp_path / "plan.yaml"
     ended = znormseg("plan", phantoms, "--out", out, "--set", "runtime.device=cpu")
     assert ended.code == 0, ended.err
@@ -348,23 +348,23 @@ def test_the_plan_is_a_whole_config_with_its_reasons(phantoms: Path, tmp_path: P
     assert (again.code, "already exists" in again.err) == (4, True)
 
 
-def test_without_a_file_the_yaml_goes_to_stdout_alone(phantoms: Path, znormseg: Call) -> None:
+def test_without_a_file_only_the_yaml_goes_to_stdout(phantoms: Path, znormseg: Call) -> None:
     ended = znormseg("plan", phantoms, "--set", "training.steps=7", "--set", "runtime.device=cpu")
     assert yaml.safe_load(ended.out)["training"]["steps"] == 7
 
 
 @pytest.mark.parametrize("arguments", [["--out", "plan.txt"], ["--set", "training.batch=2"], ["--config", "nothing"]])
-def test_a_plan_that_cannot_be_is_a_wrong_config(arguments: list[str], phantoms: Path, znormseg: Call) -> None:
+def test_an_impossible_plan_is_a_config_error(arguments: list[str], phantoms: Path, znormseg: Call) -> None:
     assert znormseg("plan", phantoms, *arguments).code == 4
     assert not Path("plan.txt").exists()
 
 
-def test_a_bound_of_nothing_is_a_wrong_command_line(phantoms: Path, znormseg: Call) -> None:
+def test_a_limit_of_zero_is_a_usage_error(phantoms: Path, znormseg: Call) -> None:
     assert znormseg("plan", phantoms, "--max-memory-gb", "0").code == 2
 
 
 @pytest.mark.parametrize(("precision", "half"), [("float16", True), ("bfloat16", True), ("float32", False)])
-def test_activations_of_two_bytes_are_planned_as_such(
+def test_half_precision_activations_are_planned_with_two_bytes(
     *, precision: str, half: bool, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.planning import plan
@@ -390,7 +390,7 @@ def tried(phantoms: Path, tiny_settings: list[str]) -> Any:
 
 
 @pytest.mark.slow
-def test_a_dry_run_tells_memory_pace_and_disk(tried: Any) -> None:
+def test_a_dry_run_reports_memory_speed_and_disk(tried: Any) -> None:
     found = tried.dry_run
     assert found.own_bytes is None or 10**8 < found.own_bytes < 2 * GB
     assert found.step_seconds > 0
@@ -402,7 +402,7 @@ def test_a_dry_run_tells_memory_pace_and_disk(tried: Any) -> None:
 
 
 @pytest.mark.slow
-def test_what_was_set_goes_through_a_dry_run_unchanged(tried: Any, tiny_settings: list[str]) -> None:
+def test_a_dry_run_does_not_change_user_settings(tried: Any, tiny_settings: list[str]) -> None:
     own = load_config("laptop", [*tiny_settings, "training.steps=50"])
     assert tried.config.training == own.training
     assert tried.config.network == own.network
@@ -430,19 +430,19 @@ def on_a_cpu(*, step_seconds: float, validation_hours: float, fixed: Any = ()) -
     return config.training.steps, config.training.validations, after.seconds / 3600, why
 
 
-def test_a_plan_is_cut_to_the_hours_of_a_cpu() -> None:
+def test_a_plan_is_limited_to_the_hours_allowed_on_a_cpu() -> None:
     assert on_a_cpu(step_seconds=1.0, validation_hours=0.1)[:2] == (5_000, 10)
     assert on_a_cpu(step_seconds=18.0, validation_hours=0.2) == (2_000, 10, 12.0, "why; cut to 12 hours on this CPU")
 
 
-def test_where_validations_take_the_hours_there_are_fewer_of_them() -> None:
+def test_expensive_validations_are_made_less_often() -> None:
     steps, validations, hours, why = on_a_cpu(step_seconds=3.6, validation_hours=2.0)
     assert (steps, validations, hours) == (2_000, 5, 12.0)
     assert why.endswith("cut to 12 hours on this CPU; 5 instead of 10 validations")
 
 
 @pytest.mark.parametrize(("fixed", "validations"), [((), 1), (("training.validations",), 10)])
-def test_the_fewest_steps_are_planned_also_where_they_take_longer(fixed: Any, validations: int) -> None:
+def test_the_minimum_number_of_steps_is_planned_even_if_it_takes_longer(fixed: Any, validations: int) -> None:
     steps, found, hours, why = on_a_cpu(step_seconds=36.0, validation_hours=3.0, fixed=fixed)
     assert (steps, found, hours) == (1_000, validations, 10 + 3 * validations)
     assert "h on this CPU, more than 12 h, with the minimum number of steps" in why
@@ -464,7 +464,7 @@ def trial(phantoms: Path, tmp_path: Path, tiny_settings: list[str]) -> TrialRequ
     )
 
 
-def test_a_trial_that_holds_too_much_is_ended(trial: TrialRequest, tmp_path: Path) -> None:
+def test_a_trial_that_uses_too_much_memory_is_stopped(trial: TrialRequest, tmp_path: Path) -> None:
     ended = try_out(trial, tmp_path, most_bytes=50_000_000)
     assert isinstance(ended, TooMuch)
     assert "it was stopped when it held" in ended.why
@@ -486,7 +486,7 @@ def test_a_trial_times_five_steps_a_window_and_the_loader(trial: TrialRequest, s
     assert OUTCOME.validate_json(OUTCOME.dump_json(outcome)) == outcome
 
 
-def test_a_trial_of_a_network_with_deep_supervision_takes_its_loss(trial: TrialRequest) -> None:
+def test_a_trial_with_deep_supervision_uses_its_loss(trial: TrialRequest) -> None:
     settings = ["architecture=resenc", "channels=[4,8,16]", "deep_supervision=true"]
     network = load_config("laptop", [f"network.{setting}" for setting in settings]).network
     report = run_trial(replace(trial, config=replace(trial.config, network=network)))
@@ -524,7 +524,7 @@ def test_two_windows_of_a_validation_case_are_computed(trial: TrialRequest, monk
         ("echo terminate called after throwing std::bad_alloc; exit 1", "memory ran out when it held"),
     ],
 )
-def test_a_trial_that_memory_ended_is_too_much(
+def test_a_trial_killed_for_memory_counts_as_too_large(
     script: str, why: str, trial: TrialRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stands_in(script, tmp_path, monkeypatch)
@@ -533,7 +533,7 @@ def test_a_trial_that_memory_ended_is_too_much(
     assert re.match(why, ended.why)
 
 
-def test_a_trial_that_ends_for_another_reason_is_a_fault_with_its_last_words(
+def test_a_trial_that_fails_otherwise_is_an_error_with_its_last_output(
     trial: TrialRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stands_in("echo no such thing >&2; exit 9", tmp_path, monkeypatch)
@@ -550,7 +550,7 @@ def stands_in(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
-def test_a_fault_of_the_data_is_told_as_such(trial: TrialRequest, tmp_path: Path) -> None:
+def test_a_data_error_in_a_trial_is_reported_as_one(trial: TrialRequest, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="convention"):
         try_out(replace(trial, labels="brats2023"), tmp_path, most_bytes=None)
 
@@ -566,7 +566,7 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_memory_of_a_run_of_50_steps_is_what_the_dry_run_foresaw(fine: Path, tmp_path: Path, shell: Call) -> None:
+def test_a_run_of_50_steps_uses_the_memory_that_the_dry_run_predicted(fine: Path, tmp_path: Path, shell: Call) -> None:
     sizes = ["training.patch_voxels=[64, 64, 64]", "training.batch_size=3", "runtime.device=cpu"]
     overrides = [*sizes, "training.steps=50", "training.validations=1"]
     foreseen = plan_run(DataSource(fine), overrides=overrides, with_dry_run=True)
@@ -584,7 +584,7 @@ def test_memory_of_a_run_of_50_steps_is_what_the_dry_run_foresaw(fine: Path, tmp
 
 
 @pytest.mark.slow
-def test_in_2_gb_a_plan_is_found_that_trains(fine: Path, tmp_path: Path, shell: Call) -> None:
+def test_a_plan_for_2_gb_can_be_trained(fine: Path, tmp_path: Path, shell: Call) -> None:
     out = tmp_path / "plan.yaml"
     within = "ulimit -d 2000000; exec znormseg "
     plan = ["plan", fine, "--config", "resunet", "--dry-run", "--json", "--out", out, "--set", "runtime.device=cpu"]
@@ -597,7 +597,7 @@ def test_in_2_gb_a_plan_is_found_that_trains(fine: Path, tmp_path: Path, shell: 
 
 
 @pytest.mark.slow
-def test_a_real_trial_that_does_not_fit_becomes_smaller(trial: TrialRequest, tmp_path: Path) -> None:
+def test_a_real_trial_that_does_not_fit_is_shrunk(trial: TrialRequest, tmp_path: Path) -> None:
     large = load_config("laptop", ["training.patch_voxels=[96, 96, 96]", "training.batch_size=4", "runtime.device=cpu"])
     most = 1_100_000_000
     fitted = fit(
@@ -615,6 +615,6 @@ def test_a_real_trial_that_does_not_fit_becomes_smaller(trial: TrialRequest, tmp
 
 
 @pytest.mark.parametrize("config", ["presence", "presence-slabs"])
-def test_a_presence_config_is_refused_before_the_data_are_read(tmp_path: Path, config: str) -> None:
+def test_a_presence_config_is_refused_before_any_data_is_read(tmp_path: Path, config: str) -> None:
     with pytest.raises(ConfigError, match=r"^plan: only for segmentation"):
         plan_run(DataSource(tmp_path / "nowhere"), config=config)

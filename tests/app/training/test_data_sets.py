@@ -66,7 +66,7 @@ def refused(action: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(
+def test_a_stopped_and_resumed_run_ends_like_an_uninterrupted_one(
     finished: Path, mixed: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Trainer._step
@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     assert all(torch.equal(tensor, parts.tensors[name]) for name, tensor in whole.tensors.items())
 
 
-def test_synthetic_cases_train_but_not_those_of_patients_who_validate(finished: Path) -> None:
+def test_synthetic_cases_of_validation_patients_are_not_trained_on(finished: Path) -> None:
     split = read_json(finished / "split.json")
     made = {case_id for case_id in split["train"] if case_id.startswith("synthetic-")}
     assert made
@@ -99,7 +99,7 @@ def test_synthetic_cases_train_but_not_those_of_patients_who_validate(finished: 
     assert not made & {f"synthetic-{case_id}" for case_id in split["validation"]}
 
 
-def test_the_folds_are_those_of_the_real_cases(
+def test_folds_only_depend_on_the_real_cases(
     finished: Path, phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     start(DataSource(phantoms), tmp_path / "run", load_config("laptop", tiny_settings))
@@ -118,7 +118,7 @@ def test_the_run_records_its_data_sets(finished: Path, halves: tuple[str, str]) 
     assert read_json(finished / "labels.json")["cases"].keys() == {*split["train"], *split["validation"]}
 
 
-def test_page_and_card_show_the_data_sets(finished: Path, halves: tuple[str, str]) -> None:
+def test_the_page_and_the_model_card_show_the_data_sets(finished: Path, halves: tuple[str, str]) -> None:
     assert f"train {halves[0]} {halves[1]} synthetic:{halves[0]} NEW_RUN" in render_run(finished)
     described = describe_model(finished)["data"]
     assert described["cases of each data set"][0] == "3"
@@ -132,13 +132,13 @@ def test_a_case_whose_label_map_trained_synthetic_images_counts_as_trained_on(fi
     assert {case_id.removeprefix("synthetic-") for case_id in made} < set(training_record(tmp_path).trained_on)
 
 
-def test_intensities_are_those_of_real_cases(finished: Path) -> None:
+def test_recorded_intensities_are_those_of_real_cases(finished: Path) -> None:
     split = read_json(finished / "split.json")
     real = [case_id for case_id in split["train"] if not case_id.startswith("synthetic-")]
     assert read_json(finished / "intensities.json")["cases"] == len(real)
 
 
-def test_intensities_of_nothing_but_synthetic_cases_are_those_of_the_real_images(
+def test_with_only_synthetic_cases_intensities_are_those_of_the_real_images(
     halves: tuple[str, str], tiny_settings: list[str], tmp_path: Path
 ) -> None:
     config, cases = load_config("laptop", tiny_settings), data_source([f"synthetic:{halves[0]}"]).find_cases()
@@ -147,7 +147,7 @@ def test_intensities_of_nothing_but_synthetic_cases_are_those_of_the_real_images
     assert read_json(tmp_path / "intensities.json")["cases"] == 3
 
 
-def test_each_data_set_is_prepared_by_its_own_convention(
+def test_each_data_set_is_prepared_with_its_own_convention(
     render: Call, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     early, late = render(tmp_path / "early", "2021"), render(tmp_path / "late", "2023 GLI")
@@ -178,7 +178,7 @@ def test_the_command_takes_several_data_sets_with_weights_and_resumes(
 
 
 @pytest.mark.parametrize("given", [["B", "A", "synthetic:A"], ["A", "B"], ["A"]])
-def test_other_data_sets_or_another_order_do_not_continue_a_run(
+def test_other_data_sets_or_another_order_cannot_resume_a_run(
     given: list[str], finished: Path, halves: tuple[str, str], tmp_path: Path
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
@@ -191,7 +191,7 @@ def test_other_data_sets_or_another_order_do_not_continue_a_run(
 
 
 @pytest.mark.parametrize("weights", ["1", "1,2,3"])
-def test_weights_count_against_the_data_sets(
+def test_the_number_of_weights_must_match_the_data_sets(
     weights: str, halves: tuple[str, str], tmp_path: Path, znormseg: Call
 ) -> None:
     for command in ("train", "crossval"):
@@ -203,19 +203,23 @@ def test_weights_count_against_the_data_sets(
 
 
 @pytest.mark.parametrize("weights", ["0,1", "a", "1,", "1.5,1"])
-def test_weights_that_are_no_counts_are_refused(weights: str, tmp_path: Path, znormseg: Call) -> None:
+def test_weights_that_are_not_whole_numbers_are_refused(weights: str, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("train", tmp_path, tmp_path, tmp_path / "run", "--weights", weights)
     assert ended.code == 2
     assert "--weights takes whole numbers above 0" in ended.err
 
 
-def test_labels_are_for_all_data_sets_or_for_each(halves: tuple[str, str], tmp_path: Path, znormseg: Call) -> None:
+def test_labels_are_given_once_for_all_data_sets_or_for_each(
+    halves: tuple[str, str], tmp_path: Path, znormseg: Call
+) -> None:
     ended = znormseg("train", *halves, tmp_path / "run", "--labels", "msd,msd,msd")
     assert ended.code == 2
     assert "--labels: 3 names for 2 data sets" in ended.err
 
 
-def test_nothing_but_synthetic_cases_has_no_folds(halves: tuple[str, str], tmp_path: Path, znormseg: Call) -> None:
+def test_only_synthetic_cases_cannot_be_split_into_folds(
+    halves: tuple[str, str], tmp_path: Path, znormseg: Call
+) -> None:
     ended = znormseg("train", f"synthetic:{halves[0]}", tmp_path / "run")
     assert ended.code == 3
     assert "synthetic cases only train, and there are no others to validate on" in ended.err
@@ -263,13 +267,13 @@ def test_resume_refuses_weights_of_a_data_set_that_only_validates_and_leaves_the
 
 
 @pytest.mark.parametrize("command", ["train", "crossval"])
-def test_weights_are_given_once(command: str, tmp_path: Path, znormseg: Call) -> None:
+def test_weights_can_only_be_given_once(command: str, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg(command, tmp_path, tmp_path, tmp_path / "run", "--weights=3,1", "--set=data.weights=[1,1]")
     assert ended.code == 2
     assert "give either --weights or --set data.weights" in ended.err
 
 
-def test_the_prefix_alone_is_refused(tmp_path: Path, znormseg: Call) -> None:
+def test_a_prefix_without_a_path_is_refused(tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("train", "synthetic:", tmp_path, tmp_path / "run")
     assert ended.code == 3
     assert "synthetic: names no data set. Write one directly after the colon, such as synthetic:CASES." in ended.err
@@ -288,7 +292,7 @@ def warnings_of(maps: dict[str, LabelMap], split: Split, caplog: pytest.LogCaptu
     return caplog.text
 
 
-def test_one_scan_under_two_ids_in_training_and_validation_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_scan_under_two_ids_in_training_and_validation_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     maps = {"a": scan("x"), "b": scan("y"), "c": scan("x")}
     message = warnings_of(maps, Split(train=("a", "b"), validation=("c",)), caplog)
     assert "identical label maps, so they are probably the same scan under two ids: a, c." in message
@@ -304,7 +308,7 @@ def test_one_scan_under_two_ids_in_training_and_validation_is_reported(caplog: p
     ],
     ids=["in one part", "empty", "synthetic"],
 )
-def test_other_identical_label_maps_are_not(
+def test_other_identical_label_maps_are_not_reported(
     maps: dict[str, LabelMap], split: Split, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert warnings_of(maps, split, caplog) == ""
@@ -325,7 +329,7 @@ def test_copies_of_a_scan_in_several_folds_are_reported(
     assert f"{case.name}, copy0, copy1, copy2, copy3" in caplog.text
 
 
-def test_folds_hold_real_cases_and_synthetic_ones_train_apart_from_their_patients(
+def test_folds_split_real_cases_and_keep_synthetic_ones_with_their_patients(
     mixed: DataSource, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     folds = deal(mixed, tmp_path, load_config("laptop", [*tiny_settings, "data.weights=[2, 1, 1]"]), folds=3)
@@ -336,7 +340,7 @@ def test_folds_hold_real_cases_and_synthetic_ones_train_apart_from_their_patient
         assert any(case_id.startswith("synthetic-") for case_id in split.train)
 
 
-def test_folds_of_several_data_sets_continue_with_the_same_ones_alone(
+def test_folds_of_several_data_sets_resume_only_with_the_same_ones(
     mixed: DataSource, halves: tuple[str, str], tiny_settings: list[str], tmp_path: Path
 ) -> None:
     config = load_config("laptop", tiny_settings)
@@ -352,7 +356,7 @@ def test_folds_of_several_data_sets_continue_with_the_same_ones_alone(
 
 
 @pytest.mark.slow
-def test_a_cross_validation_of_real_and_synthetic_cases_in_two_processes(
+def test_a_cross_validation_of_real_and_synthetic_cases_runs_in_two_processes(
     mixed: DataSource, tiny_settings: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg(

@@ -136,7 +136,7 @@ def free_port() -> int:
 # What a process is told
 
 
-def test_a_process_that_nothing_launched_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unlaunched_process_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TOLD:
         monkeypatch.delenv(name, raising=False)
     with joined_processes() as world:
@@ -144,26 +144,26 @@ def test_a_process_that_nothing_launched_is_alone(monkeypatch: pytest.MonkeyPatc
     assert not torch.distributed.is_initialized()
 
 
-def test_what_torchrun_tells_is_taken() -> None:
+def test_the_settings_of_torchrun_are_used() -> None:
     assert launched(TOLD) == Launch(rank=5, size=8, local_rank=1, local_size=4, restarts=2, job="job-7")
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_half_of_the_variables_is_no_launch(missing: str) -> None:
+def test_an_incomplete_set_of_variables_is_not_a_launch(missing: str) -> None:
     assert launched({name: value for name, value in TOLD.items() if name != missing}) == Launch()
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "first"), ("WORLD_SIZE", "-2"), ("RANK", "8")])
-def test_a_variable_that_cannot_be_is_refused_with_its_name(name: str, value: str) -> None:
+def test_an_invalid_variable_is_refused_and_named(name: str, value: str) -> None:
     with pytest.raises(DeviceError, match=name):
         launched({**TOLD, name: value})
 
 
-def test_launches_without_a_name_are_told_apart_by_their_launcher() -> None:
+def test_unnamed_launches_are_distinguished_by_their_launcher() -> None:
     assert launched({**TOLD, "TORCHELASTIC_RUN_ID": "none"}).job.endswith(f":{os.getppid()}")
 
 
-def test_what_is_alone_keeps_its_numbers() -> None:
+def test_a_single_process_keeps_its_random_numbers() -> None:
     values = torch.tensor([1.0, 2.0])
     assert ALONE.total(values) is values
     assert (ALONE.means([3.0]), ALONE.largest(4.0), ALONE.seconds(5.0), ALONE.broadcast("x")) == ([3.0], 4.0, 5.0, "x")
@@ -172,7 +172,7 @@ def test_what_is_alone_keeps_its_numbers() -> None:
     assert ALONE.shares([1, 2]) == []
 
 
-def test_each_turn_of_a_shared_work_leaves_nothing_out() -> None:
+def test_shared_work_is_distributed_without_omissions() -> None:
     worlds = [World(Launch(rank=rank, size=4, local_rank=rank % 2, local_size=2)) for rank in range(4)]
     items = list(range(9))
     assert sorted(item for world in worlds for item in world.shares(items)[0]) == items
@@ -180,7 +180,7 @@ def test_each_turn_of_a_shared_work_leaves_nothing_out() -> None:
         assert sorted(item for world in host for item in world.shares(items)[1]) == items
 
 
-def test_random_numbers_of_a_step_differ_by_rank_and_step_and_come_again() -> None:
+def test_random_numbers_differ_by_rank_and_step_and_are_reproducible() -> None:
     def drawn(rank: int, step: int) -> float:
         World(Launch(rank=rank, size=3)).seed_step(0, step)
         return float(torch.rand(1))
@@ -198,7 +198,7 @@ def test_the_first_process_keeps_its_random_numbers() -> None:
 
 
 @pytest.mark.parametrize("verb", ["predict", "compare"])
-def test_only_train_takes_several_processes(
+def test_only_train_accepts_several_processes(
     verb: str, znormseg: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, value in TOLD.items():
@@ -209,7 +209,7 @@ def test_only_train_takes_several_processes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_signal_does_not_end_what_has_to_stop_with_others() -> None:
+def test_a_second_signal_does_not_end_a_process_that_stops_with_others() -> None:
     with stop_on_signals(patient=True) as stop:
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
@@ -230,7 +230,7 @@ def test_processes_of_two_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         world.require_same({"the device": "cpu", "the precision": torch.float32})
 
 
-def test_each_start_of_the_processes_has_a_store_without_old_keys() -> None:
+def test_each_start_of_the_processes_has_a_fresh_store() -> None:
     store = HashStore()
     with ThreadPoolExecutor(3) as pool:
         for _ in range(2):  # the second meets what the first one left
@@ -251,7 +251,7 @@ class OnGpu:
         return torch.ones(1)
 
 
-def test_a_state_is_handed_to_other_processes_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_passed_to_other_processes_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     from app.training import run as train
 
     monkeypatch.setattr(train, "to_checkpoint", lambda _: ({"weights.a": OnGpu()}, {}))
@@ -266,13 +266,15 @@ def restarted(job: str) -> World:
     return World(Launch(local_rank=0, restarts=1, job=job))
 
 
-def test_a_restarted_job_goes_on_with_its_own_run(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
+def test_a_restarted_job_resumes_its_own_run(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     config = load_config("laptop", tiny_settings)
     begun = start(DataSource(phantoms), tmp_path / "run", config, world=World(Launch(local_rank=0, job="7")))
     assert start(DataSource(phantoms), tmp_path / "run", config, world=restarted("7")).steps == begun.steps
 
 
-def test_a_restarted_job_leaves_the_runs_of_others(phantoms: Path, tiny_run: Path, tiny_settings: list[str]) -> None:
+def test_a_restarted_job_does_not_touch_the_runs_of_others(
+    phantoms: Path, tiny_run: Path, tiny_settings: list[str]
+) -> None:
     before = last_step(tiny_run)
     with pytest.raises(RunError, match="not empty"):
         start(DataSource(phantoms), tiny_run, load_config("laptop", tiny_settings), world=restarted("7"))
@@ -286,7 +288,7 @@ def test_a_job_that_was_not_restarted_needs_resume(phantoms: Path, tiny_settings
         start(DataSource(phantoms), tmp_path / "run", config, world=world)
 
 
-def test_a_job_killed_before_its_first_checkpoint_starts_anew(
+def test_a_job_killed_before_its_first_checkpoint_starts_over(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -296,7 +298,7 @@ def test_a_job_killed_before_its_first_checkpoint_starts_anew(
     assert start(DataSource(phantoms), run, load_config("laptop", tiny_settings), world=restarted("7")).steps == 4
 
 
-def test_a_run_of_other_processes_goes_on_with_the_next_patch(
+def test_a_run_resumed_with_another_process_count_continues_with_the_next_patch(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
@@ -315,7 +317,7 @@ def test_a_run_of_other_processes_goes_on_with_the_next_patch(
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_steps_of_one_with_the_joined_batch(
+def test_two_processes_take_the_steps_of_one_with_the_combined_batch(
     torchrun: Callable[..., Torchrun], tmp_path: Path
 ) -> None:
     script = Path(__file__).with_name("distributed_step.py")
@@ -330,7 +332,7 @@ def test_two_processes_make_the_steps_of_one_with_the_joined_batch(
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_that_of_one_with_twice_the_batch(
+def test_a_run_of_two_processes_equals_one_process_with_twice_the_batch(
     phantoms: Path, torchrun: Callable[..., Torchrun], tmp_path: Path, znormseg: Callable[..., Any]
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -366,7 +368,7 @@ def test_training_completes_when_a_worker_is_killed(
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_stops_all_and_leaves_a_run_to_resume(
+def test_sigterm_to_torchrun_stops_all_processes_and_the_run_can_be_resumed(
     phantoms: Path, torchrun: Callable[..., Torchrun], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -437,7 +439,7 @@ def test_a_launcher_that_joins_later_takes_part(
 
 
 @pytest.mark.parametrize("gpus", [False, True])
-def test_tensors_have_a_timeout_of_minutes_and_control_messages_one_of_hours(
+def test_tensor_timeouts_are_minutes_and_control_message_timeouts_are_hours(
     gpus: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, float]] = []

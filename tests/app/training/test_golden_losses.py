@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_the_first_losses_are_those_on_record(phantoms: Path, tmp_path: Path, one_thread: None) -> None:
+def test_the_first_losses_equal_the_recorded_ones(phantoms: Path, tmp_path: Path, one_thread: None) -> None:
     start(DataSource(phantoms), tmp_path / "run", load_config("resunet-znorm", SETTINGS), fold="all")
     losses = [record["loss"] for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
     if os.environ.get("ZNORMSEG_REGENERATE"):

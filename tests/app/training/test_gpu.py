@@ -54,7 +54,7 @@ def train(phantoms: Path, run: Path, tiny: list[str], *settings: str) -> Path:
 # The loop
 
 
-def test_losses_that_are_read_late_are_those_that_are_read_at_once(
+def test_losses_read_late_equal_losses_read_immediately(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     at_once = train(phantoms, tmp_path / "at_once", tiny_settings)
@@ -66,7 +66,7 @@ def test_losses_that_are_read_late_are_those_that_are_read_at_once(
 
 @pytest.mark.usefixtures("lagging")
 @pytest.mark.parametrize("has_telemetry", [True, False], ids=["first process", "another"])
-def test_losses_are_read_every_ten_steps_and_before_whatever_needs_them(
+def test_losses_are_read_every_ten_steps_and_before_they_are_needed(
     has_telemetry: bool, phantoms: Path, tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, steps = Stepper.read, []
@@ -82,7 +82,7 @@ def test_losses_are_read_every_ten_steps_and_before_whatever_needs_them(
     assert steps == [9, 10, 12, 18, 20, 23]  # telemetry, tenth, validation, telemetry, tenth, end
 
 
-def test_a_loss_that_is_not_finite_is_found_late_and_its_own_batch_is_named(
+def test_a_non_finite_loss_is_found_late_but_with_its_own_batch(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, lagging: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss_of = Stepper._loss
@@ -137,7 +137,7 @@ def config_of(*settings: str) -> RunConfig:
         (("runtime.compile=false",), GPU, 1, "requested"),
     ],
 )
-def test_compiling_is_left_out_with_a_reason(
+def test_compilation_is_skipped_with_a_reason(
     settings: tuple[str, ...], runtime: Runtime, processes: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "find_spec", lambda _: object())
@@ -148,7 +148,7 @@ def test_compiling_is_left_out_with_a_reason(
 
 
 @pytest.mark.parametrize("settings", [(), ("training.hours=2",), ("training.steps=5000",)])
-def test_a_long_run_on_a_gpu_is_compiled_where_triton_is(
+def test_a_long_run_on_a_gpu_is_compiled_if_triton_is_installed(
     settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for installed in (True, False):
@@ -156,7 +156,7 @@ def test_a_long_run_on_a_gpu_is_compiled_where_triton_is(
         assert choose_compile(config_of(*settings), GPU)[0] == installed
 
 
-def test_compiling_on_request_is_refused_with_telemetry_whose_hooks_it_would_ignore() -> None:
+def test_requested_compilation_is_refused_with_telemetry_hooks() -> None:
     with pytest.raises(ConfigError, match=r"does not work with training\.telemetry_steps"):
         choose_compile(config_of("runtime.compile=true", "training.telemetry_steps=9"), CPU)
 
@@ -165,7 +165,7 @@ def test_compiling_on_request_is_refused_with_telemetry_whose_hooks_it_would_ign
     ("config", "benchmark", "reason"),
     [("resunet", True, "all patches have one shape"), ("presence", False, "whole brains differ in shape")],
 )
-def test_cudnn_times_its_algorithms_only_where_shapes_are_fixed(
+def test_cudnn_benchmarks_algorithms_only_for_fixed_shapes(
     config: str, benchmark: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not benchmark)
@@ -174,7 +174,7 @@ def test_cudnn_times_its_algorithms_only_where_shapes_are_fixed(
     assert torch.backends.cudnn.benchmark == benchmark
 
 
-def test_a_run_on_a_cpu_computes_what_it_did_before_and_says_nothing() -> None:
+def test_a_run_on_a_cpu_computes_the_same_as_before_without_a_message() -> None:
     network, loss = nn.Linear(1, 1), RegionLoss()
     assert prepare_computation(config_of(), CPU, network, loss) == Computation(network=network, loss=loss)
 
@@ -198,7 +198,7 @@ def test_a_compiled_step_equals_an_eager_one() -> None:
     torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_a_compiler_that_fails_leaves_the_run_as_it_is_and_says_why() -> None:
+def test_a_compiler_failure_falls_back_to_eager_with_the_reason() -> None:
     config = config_of("training.batch_size=1")
     eager = computation_of(config)
 
@@ -221,16 +221,14 @@ def test_a_compiler_that_fails_leaves_the_run_as_it_is_and_says_why() -> None:
         ("presence", [], "resnet10 .* max pooling"),
     ],
 )
-def test_a_network_is_refused_that_a_gpu_cannot_train_deterministically(
-    name: str, settings: list[str], why: str
-) -> None:
+def test_a_network_without_deterministic_gpu_training_is_refused(name: str, settings: list[str], why: str) -> None:
     config = load_config(name, [*settings, "runtime.deterministic=true"])
     with pytest.raises(ConfigError, match=rf"runtime\.deterministic: true does not work with .*{why}"):
         require_deterministic(config, GPU)
     require_deterministic(config, CPU)
 
 
-def test_tf32_is_what_the_config_says() -> None:
+def test_tf32_follows_the_config() -> None:
     for tf32 in (False, True):
         choose_runtime(RuntimeConfig(device="cpu", tf32=tf32))
         assert torch.backends.cudnn.allow_tf32 == tf32

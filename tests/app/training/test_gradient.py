@@ -22,18 +22,18 @@ def network() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(("optimizer", "expected"), [(AdamW, "znorm"), (SGD, "clip")])
-def test_the_automatic_rule_is_the_one_the_evidence_speaks_for(optimizer: type[Optimizer], expected: str) -> None:
+def test_the_automatic_rule_is_the_one_the_evidence_supports(optimizer: type[Optimizer], expected: str) -> None:
     name, reason = choose_transform(GradientConfig(), optimizer(network().parameters(), lr=0.1))  # type: ignore[call-arg]
     assert name == expected
     assert "docs/evidence.md" in reason
 
 
-def test_a_rule_that_is_named_is_taken_whatever_the_optimizer() -> None:
+def test_a_named_rule_is_used_with_any_optimizer() -> None:
     chosen = choose_transform(GradientConfig(transform="znorm"), SGD(network().parameters(), lr=0.1))
     assert chosen == ("znorm", "")
 
 
-def test_the_automatic_rule_is_at_work_and_says_why() -> None:
+def test_the_automatic_rule_is_applied_and_logged_with_its_reason() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
     report = attach_transform(GradientConfig(clip_norm=0.5), optimizer, model).report
@@ -45,17 +45,17 @@ def test_the_automatic_rule_is_at_work_and_says_why() -> None:
     assert report.startswith("gradients clipped to norm 0.5 (auto: under SGD")
 
 
-def test_laptop_leaves_the_rule_to_the_evidence() -> None:
+def test_the_laptop_config_uses_the_automatic_rule() -> None:
     assert load_config("laptop").gradient.transform == "auto"
 
 
-def test_a_limit_of_zero_for_znorms_size_is_refused_by_name() -> None:
+def test_a_clip_norm_of_zero_for_znorm_is_refused_and_named() -> None:
     with pytest.raises(Exception, match=r"gradient\.znorm\.clip_norm: above 0"):
         load_config("laptop", ["gradient.znorm.clip_norm=0"])
 
 
 @pytest.mark.parametrize("setting", ["only=['nothing*']", "leave_out=['*']", "modules=[Conv9d]", "output_block=head"])
-def test_a_choice_that_fits_no_tensor_of_the_network_is_a_wrong_config(
+def test_a_choice_that_matches_no_tensor_of_the_network_is_a_config_error(
     setting: str, phantoms: Path, tiny_settings: list[str], tmp_path: Path, znormseg: Callable[..., Any]
 ) -> None:
     options = [word for override in [*tiny_settings, f"gradient.znorm.{setting}"] for word in ("--set", override)]
@@ -67,17 +67,17 @@ def test_a_choice_that_fits_no_tensor_of_the_network_is_a_wrong_config(
 # Backward normalization
 
 
-def test_no_network_is_normalised_on_the_way_back_unless_asked_for() -> None:
+def test_no_network_is_normalised_in_the_backward_pass_by_default() -> None:
     assert attach_backward(NetworkConfig(), network()) is None
 
 
-def test_the_named_modules_are_normalised_on_the_way_back() -> None:
+def test_the_named_modules_are_normalised_in_the_backward_pass() -> None:
     handle = attach_backward(NetworkConfig(backward_normalization=("0",)), network())
     assert handle is not None
     assert handle.places == ("0",)
 
 
-def test_a_place_that_is_not_in_the_network_is_a_wrong_config(
+def test_a_place_that_is_not_in_the_network_is_a_config_error(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, znormseg: Callable[..., Any]
 ) -> None:
     settings = [*tiny_settings, "network.backward_normalization=[decoder]"]

@@ -56,7 +56,7 @@ def state_at_step_0(
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_a_run_begins_with_exactly_the_best_weights_of_the_other(
+def test_a_run_starts_from_exactly_the_best_weights_of_the_other(
     *, decay: float, phantoms: Path, tiny_settings: list[str], tiny_run: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     config = load_config("laptop", [*tiny_settings, f"training.ema_decay={decay}", "training.seed=5"])
@@ -67,7 +67,7 @@ def test_a_run_begins_with_exactly_the_best_weights_of_the_other(
     assert state.step == 0
 
 
-def test_averaged_weights_are_what_another_run_starts_from(
+def test_another_run_starts_from_the_averaged_weights(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train.start(
@@ -80,7 +80,7 @@ def test_averaged_weights_are_what_another_run_starts_from(
     assert same(state.network.state_dict(), averaged)
 
 
-def test_without_a_config_network_and_patches_are_those_of_the_run(
+def test_without_a_config_network_and_patches_come_from_the_run(
     phantoms: Path, tiny_run: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
 ) -> None:
     assert znormseg("train", phantoms, tmp_path / "run", *few_steps, "--init-from", tiny_run).code == 0
@@ -91,7 +91,7 @@ def test_without_a_config_network_and_patches_are_those_of_the_run(
     assert other.augment == load_config("laptop").augment
 
 
-def test_the_record_says_which_weights_it_began_with(
+def test_the_record_states_the_initial_weights(
     phantoms: Path, tiny_run: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
 ) -> None:
     ended = znormseg("train", phantoms, tmp_path / "run", *few_steps, "--init-from", tiny_run)
@@ -101,11 +101,11 @@ def test_the_record_says_which_weights_it_began_with(
     assert record["sha256"] in ended.err
 
 
-def test_a_run_without_says_so(tiny_run: Path) -> None:
+def test_the_record_states_when_no_weights_were_given(tiny_run: Path) -> None:
     assert json.loads((tiny_run / "run.json").read_text())["init_from"] is None
 
 
-def test_it_resumes_without_the_other_run(
+def test_a_run_resumes_without_the_run_it_started_from(
     phantoms: Path, tiny_run: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
 ) -> None:
     first = Path(shutil.copytree(tiny_run, tmp_path / "first"))
@@ -114,7 +114,7 @@ def test_it_resumes_without_the_other_run(
     assert znormseg("train", phantoms, tmp_path / "run", "--resume").code == 0
 
 
-def test_a_spacing_that_is_not_that_of_the_weights_is_told(
+def test_a_spacing_that_differs_from_that_of_the_weights_is_reported(
     phantoms: Path, tiny_run: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
 ) -> None:
     given = [*few_steps, "--set", "data.spacing_mm=6"]
@@ -142,7 +142,7 @@ def test_a_network_that_does_not_fit_is_refused_and_leaves_no_run(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_with_contrast_dropout_is_taken_by_one_with_it_and_names_the_setting_to_one_without(
+def test_contrast_dropout_must_match_and_the_error_names_the_setting(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     dropping = load_config("laptop", [*tiny_settings, "augment.contrast_dropout=0.5"])
@@ -155,7 +155,7 @@ def test_a_run_with_contrast_dropout_is_taken_by_one_with_it_and_names_the_setti
 
 
 @pytest.mark.parametrize("setting", ["network.dropout=0.3", "network.backward_normalization=[auto]"])
-def test_a_setting_that_changes_no_weight_makes_no_other_network(
+def test_a_setting_without_effect_on_the_weights_is_accepted(
     setting: str, phantoms: Path, tiny_settings: list[str], tiny_run: Path, tmp_path: Path
 ) -> None:
     config = load_config("laptop", [*tiny_settings, setting])
@@ -163,7 +163,7 @@ def test_a_setting_that_changes_no_weight_makes_no_other_network(
 
 
 @pytest.mark.parametrize("what", ["nothing", "a folder", "weights"])
-def test_what_is_no_run_is_refused_with_what_is_one(
+def test_a_folder_that_is_not_a_run_is_refused_with_an_explanation(
     *, what: str, phantoms: Path, tiny_run: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
 ) -> None:
     given = {"nothing": tmp_path / "none", "a folder": phantoms, "weights": best_of(tiny_run)}[what]
@@ -173,7 +173,7 @@ def test_what_is_no_run_is_refused_with_what_is_one(
     assert not (tmp_path / "run").exists()
 
 
-def test_of_an_ensemble_the_networks_to_start_from_are_named(
+def test_an_ensemble_is_refused_with_the_networks_to_start_from(
     phantoms: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
 ) -> None:
     ended = znormseg("train", phantoms, tmp_path / "run", *few_steps, "--init-from", MADE_BEFORE / "ensemble")
@@ -182,7 +182,7 @@ def test_of_an_ensemble_the_networks_to_start_from_are_named(
     assert str(MADE_BEFORE / "ensemble" / "fold-1") in ended.err
 
 
-def test_one_network_of_an_ensemble_is_a_start(
+def test_one_network_of_an_ensemble_can_be_started_from(
     phantoms: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
 ) -> None:
     network = MADE_BEFORE / "ensemble" / "fold-0"
@@ -191,9 +191,7 @@ def test_one_network_of_an_ensemble_is_a_start(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["init_from"]["run"] == str(network)
 
 
-def test_weights_that_were_changed_are_refused(
-    phantoms: Path, tiny_run: Path, tiny_settings: list[str], tmp_path: Path
-) -> None:
+def test_modified_weights_are_refused(phantoms: Path, tiny_run: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     first = Path(shutil.copytree(tiny_run, tmp_path / "first"))
     for weights in (first / "checkpoints").glob("best-*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -208,7 +206,7 @@ def test_resume_and_init_from_together_are_refused(phantoms: Path, tiny_run: Pat
     assert "leave out --init-from" in " ".join(ended.err.split())
 
 
-def test_the_network_of_the_run_may_be_changed_by_a_setting_and_is_then_refused(
+def test_a_setting_that_changes_the_network_of_the_run_is_refused(
     phantoms: Path, tiny_run: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
 ) -> None:
     given = [*few_steps, "--set", "network.channels=[8, 8]", "--init-from", tiny_run]
@@ -217,7 +215,7 @@ def test_the_network_of_the_run_may_be_changed_by_a_setting_and_is_then_refused(
     assert "leave out --config and all network settings" in " ".join(ended.err.split())
 
 
-def test_what_a_run_gives_to_the_next_fits_the_config_it_is_put_into(tiny_run: Path) -> None:
+def test_settings_inherited_from_a_run_are_valid_in_the_new_config(tiny_run: Path) -> None:
     config = load_config("resunet", sections=sections_of(tiny_run))
     assert config.network.channels == (4, 8)
     assert config.training.learning_rate == load_config("resunet").training.learning_rate

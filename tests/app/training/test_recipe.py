@@ -98,7 +98,7 @@ def a_network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Conv3d(2, 3, 3), nn.BatchNorm3d(3), nn.Conv3d(3, 1, 1))
 
 
-def test_the_average_of_weights_that_stay_is_the_weights() -> None:
+def test_the_average_of_constant_weights_is_the_weights() -> None:
     network = a_network()
     average = WeightAverage(network, 0.999)
     for step in range(1, 30):
@@ -106,7 +106,7 @@ def test_the_average_of_weights_that_stay_is_the_weights() -> None:
     assert same(dict(average.network.named_parameters()), dict(network.named_parameters()))
 
 
-def test_the_average_is_that_by_hand() -> None:
+def test_the_average_equals_a_hand_computed_one() -> None:
     network = a_network()
     average = WeightAverage(network, 0.5)
     expected = network[0].weight.detach().double().clone()  # type: ignore[index]
@@ -120,7 +120,7 @@ def test_the_average_is_that_by_hand() -> None:
     torch.testing.assert_close(average.network[0].weight.double(), expected, rtol=1e-5, atol=1e-6)  # type: ignore[index]
 
 
-def test_buffers_are_copied_and_the_network_stays_as_it_is() -> None:
+def test_buffers_are_copied_and_the_network_is_unchanged() -> None:
     network = a_network()
     average = WeightAverage(network, 0.9)
     network(torch.randn(2, 2, 5, 5, 5))
@@ -130,7 +130,7 @@ def test_buffers_are_copied_and_the_network_stays_as_it_is() -> None:
     assert same(dict(average.network.named_buffers()), dict(network.named_buffers()))
 
 
-def test_the_average_changes_what_is_kept_and_not_what_is_trained(train: Train, tmp_path: Path) -> None:
+def test_averaging_changes_the_saved_weights_and_not_the_training(train: Train, tmp_path: Path) -> None:
     train("plain")
     train("averaged", "training.ema_decay=0.9")
     plain, averaged = (tensors_of(tmp_path / name, "last") for name in ("plain", "averaged"))
@@ -141,7 +141,7 @@ def test_the_average_changes_what_is_kept_and_not_what_is_trained(train: Train, 
 
 
 @pytest.mark.parametrize("more", [RESENC, ("runtime.precision=float16",)], ids=["resenc", "float16"])
-def test_a_run_with_averaged_weights_that_was_stopped_goes_on_to_the_same_result(
+def test_a_stopped_run_with_averaged_weights_resumes_to_the_same_result(
     more: tuple[str, ...], train: Train, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("training.ema_decay=0.9", "training.steps=6", "training.validations=2", *more)
@@ -161,7 +161,7 @@ def test_a_run_with_averaged_weights_that_was_stopped_goes_on_to_the_same_result
 # Early stopping
 
 
-def test_a_run_ends_after_so_many_validations_without_a_better_one(
+def test_a_run_ends_after_patience_validations_without_improvement(
     train: Train, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(monkeypatch, [0.3, 0.5, 0.5, 0.4, 0.9])
@@ -173,7 +173,7 @@ def test_a_run_ends_after_so_many_validations_without_a_better_one(
     assert (again.steps, again.stopped_early) == (8, True)
 
 
-def test_patience_leaves_the_steps_up_to_the_stop_as_they_are(
+def test_patience_does_not_change_the_steps_before_the_stop(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(monkeypatch, repeat(0.5))
@@ -184,7 +184,7 @@ def test_patience_leaves_the_steps_up_to_the_stop_as_they_are(
     assert impatient == patient[:4]
 
 
-def test_a_run_that_patience_ended_and_whose_best_weights_are_lost_saves_its_last_and_stays_ended(
+def test_after_an_early_stop_lost_best_weights_are_replaced_by_the_last_ones(
     train: Train, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(monkeypatch, [0.5, 0.4, 0.4])
@@ -203,7 +203,7 @@ def test_a_run_that_patience_ended_and_whose_best_weights_are_lost_saves_its_las
         (("training.steps=32",), 16),
     ],
 )
-def test_patience_counts_on_where_the_budget_is_changed(
+def test_patience_keeps_counting_if_the_budget_is_changed(
     *,
     more: tuple[str, ...],
     validated: int,
@@ -220,12 +220,12 @@ def test_patience_counts_on_where_the_budget_is_changed(
     assert [one["step"] for one in records if one["kind"] == "validation"] == [2, 4, 6, 8, validated]
 
 
-def test_a_run_that_spends_its_budget_did_not_stop_early(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_uses_its_whole_budget_did_not_stop_early(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     score(monkeypatch, repeat(0.5))
     assert not train("run", "training.validations=2", "training.patience=1").stopped_early
 
 
-def test_patience_without_validation_cases_is_refused_before_a_folder_is_made(
+def test_patience_without_validation_cases_is_refused_before_a_folder_is_created(
     phantoms: Path, tmp_path: Path, tiny_settings: list[str], znormseg: Callable[..., Any]
 ) -> None:
     options = [word for setting in (*tiny_settings, "training.patience=2") for word in ("--set", setting)]
@@ -277,7 +277,7 @@ def norm_with_backward_normalization(tiny: list[str], precision: str, accumulate
 
 
 @pytest.mark.parametrize(("precision", "accumulate"), [("float16", 1), ("float32", 2), ("float16", 2)])
-def test_backward_normalization_takes_neither_the_scale_nor_the_number_of_micro_batches_for_the_gradient(
+def test_backward_normalization_ignores_loss_scale_and_micro_batch_count(
     precision: str, accumulate: int, tiny_settings: list[str]
 ) -> None:
     expected = norm_with_backward_normalization(tiny_settings, "float32", 1)
@@ -285,9 +285,7 @@ def test_backward_normalization_takes_neither_the_scale_nor_the_number_of_micro_
     assert found == pytest.approx(expected, rel=0.05)
 
 
-def test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rule_sees_unscaled_gradients(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     norms: dict[str, float] = {}
     for precision in ("float32", "float16"):
 
@@ -319,7 +317,7 @@ def test_a_step_that_does_not_overflow_moves_the_weights_and_keeps_the_scale(tin
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_other_precisions_scale_nothing(precision: str) -> None:
+def test_other_precisions_do_not_scale_the_loss(precision: str) -> None:
     assert not choose_runtime(RuntimeConfig(device="cpu", precision=precision)).scales_gradients  # type: ignore[arg-type]
 
 

@@ -113,7 +113,7 @@ def one_file(data: Path, ending: str) -> Path:
 # Interruption
 
 
-def test_a_killed_run_goes_on_to_the_same_result(
+def test_a_killed_run_resumes_to_the_same_result(
     phantoms: Path, slow_settings: list[str], uninterrupted: Path, tmp_path: Path, znormseg_process: Call
 ) -> None:
     options = [word for setting in slow_settings for word in ("--set", setting)]
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result(
+def test_a_run_stopped_by_a_signal_says_how_to_resume_and_reaches_the_same_result(
     *,
     number: signal.Signals,
     phantoms: Path,
@@ -147,7 +147,7 @@ def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_res
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_two_runs_of_one_config_are_the_same(
+def test_two_runs_of_one_config_are_identical(
     phantoms: Path, slow_settings: list[str], uninterrupted: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     options = [word for setting in slow_settings for word in ("--set", setting)]
@@ -155,7 +155,7 @@ def test_two_runs_of_one_config_are_the_same(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_a_run_with_another_seed_is_another_run(
+def test_another_seed_gives_another_run(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, tiny_run: Path
 ) -> None:
     start(DataSource(phantoms), tmp_path / "run", load_config("laptop", [*tiny_settings, "training.seed=1"]))
@@ -168,7 +168,7 @@ def test_resuming_a_finished_run_changes_nothing(phantoms: Path, tiny_run: Path,
     assert_same_run(run, tiny_run)
 
 
-def test_there_is_nothing_to_resume_where_nothing_was_started(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_resuming_a_run_that_never_started_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("train", phantoms, tmp_path / "run", "--resume")
     assert ended.code == 5
     assert "nothing to resume" in ended.err
@@ -218,7 +218,7 @@ def test_a_resumed_run_keeps_its_split(option: list[str], phantoms: Path, tiny_r
 
 
 @pytest.mark.slow
-def test_a_killed_run_of_the_laptop_config_goes_on_to_the_same_result(
+def test_a_killed_run_of_the_laptop_config_resumes_to_the_same_result(
     tmp_path: Path, znormseg_process: Call, shell: Call
 ) -> None:
     assert shell(["znormseg", "data", "phantom", tmp_path / "data", "-n", "6"]).code == 0
@@ -233,9 +233,7 @@ def test_a_killed_run_of_the_laptop_config_goes_on_to_the_same_result(
 # The run folder
 
 
-def test_a_folder_that_holds_something_is_refused(
-    phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
-) -> None:
+def test_a_non_empty_folder_is_refused(phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call) -> None:
     (tmp_path / "note.txt").touch()
     ended = znormseg("train", phantoms, tmp_path, *options)
     assert ended.code == 5
@@ -243,7 +241,7 @@ def test_a_folder_that_holds_something_is_refused(
     assert ids_of(tmp_path) == ["note.txt"]
 
 
-def test_a_file_in_place_of_the_folder_is_refused(
+def test_a_file_instead_of_the_folder_is_refused(
     phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     (tmp_path / "run").touch()
@@ -257,7 +255,7 @@ def test_an_empty_folder_is_accepted(phantoms: Path, tmp_path: Path, options: li
 
 
 @pytest.mark.parametrize("mode", ["start", "resume"])
-def test_a_second_process_is_kept_out_and_leaves_the_folder_as_it_is(
+def test_a_second_process_is_refused_and_leaves_the_folder_unchanged(
     *, mode: str, phantoms: Path, tiny_run: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "run")) if mode == "resume" else tmp_path / "run"
@@ -271,7 +269,7 @@ def test_a_second_process_is_kept_out_and_leaves_the_folder_as_it_is(
         assert ids_of(run) == before
 
 
-def test_a_second_process_that_comes_while_the_first_prepares_leaves_its_folder_as_it_is(
+def test_a_second_process_during_preparation_leaves_the_folder_unchanged(
     phantoms: Path, tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.errors import RunError
@@ -293,7 +291,7 @@ def test_a_second_process_that_comes_while_the_first_prepares_leaves_its_folder_
     assert ids_of(run) == [".lock", "config.yaml"]
 
 
-def test_a_run_holds_these_files_and_no_others(tiny_run: Path) -> None:
+def test_a_run_contains_exactly_these_files(tiny_run: Path) -> None:
     assert sorted(path.name for path in tiny_run.iterdir() if not path.name.startswith(".")) == [
         "MODEL_CARD.md",
         "SHA256SUMS",
@@ -315,7 +313,7 @@ def test_the_config_in_the_run_is_the_resolved_one(tiny_run: Path, tiny_settings
     assert yaml.safe_load((tiny_run / "config.yaml").read_text())["training"]["momentum"] == 0.9
 
 
-def test_the_run_tells_where_its_data_and_versions_come_from(tiny_run: Path, phantoms: Path) -> None:
+def test_the_run_records_its_data_and_versions(tiny_run: Path, phantoms: Path) -> None:
     facts = read(tiny_run / "run.json")
     assert facts["data"] == str(phantoms.resolve())
     assert facts["versions"]["torch"] == torch.__version__
@@ -324,14 +322,14 @@ def test_the_run_tells_where_its_data_and_versions_come_from(tiny_run: Path, pha
     assert (facts["labels"], facts["spacing_mm"], facts["fold"]) == ("brats2021", [4.0, 4.0, 4.0], 0)
 
 
-def test_there_is_a_record_for_every_step_and_every_validation(tiny_run: Path) -> None:
+def test_every_step_and_every_validation_has_a_record(tiny_run: Path) -> None:
     records = read_metrics(tiny_run)
     assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 61))
     assert [record["step"] for record in records if record["kind"] == "validation"] == [20, 40, 60]
     assert all(set(record["dice"]) == {"WT", "TC", "ET"} for record in records if record["kind"] == "validation")
 
 
-def test_there_are_events_for_tensorboard(tiny_run: Path) -> None:
+def test_a_run_writes_tensorboard_events(tiny_run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tiny_run / "tensorboard"))
@@ -347,12 +345,12 @@ def test_the_best_weights_are_those_of_the_best_validation(tiny_run: Path) -> No
     assert read(path)["step"] == max(scores, key=lambda step: scores[step])
 
 
-def test_the_loss_goes_down(tiny_run: Path) -> None:
+def test_the_loss_decreases(tiny_run: Path) -> None:
     losses = [record["loss"] for record in read_metrics(tiny_run) if record["kind"] == "train"]
     assert sum(losses[-15:]) / 15 < 0.9 * sum(losses[:15]) / 15
 
 
-def test_the_log_tells_what_the_gradients_go_through(
+def test_the_log_states_how_gradients_are_processed(
     phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     ended = znormseg("train", phantoms, tmp_path / "znorm", *options)
@@ -368,7 +366,7 @@ def test_the_log_tells_what_the_gradients_go_through(
 # Budget
 
 
-def test_a_budget_in_hours_ends_in_about_its_time(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
+def test_a_run_with_a_budget_in_hours_ends_on_time(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     hours = 0.0005
     config = load_config("laptop", [*tiny_settings, f"training.hours={hours}"])
     began = time.monotonic()
@@ -377,13 +375,13 @@ def test_a_budget_in_hours_ends_in_about_its_time(phantoms: Path, tiny_settings:
     assert result.seconds < 4 * 3600 * hours + 20
 
 
-def test_accumulation_counts_steps_not_passes(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
+def test_accumulation_counts_steps_and_not_passes(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     start(DataSource(phantoms), tmp_path / "run", load_config("laptop", [*tiny_settings, "training.accumulate=2"]))
     records = read_metrics(tmp_path / "run")
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4]
 
 
-def test_two_passes_of_one_patch_see_what_one_pass_of_two_sees(
+def test_two_passes_of_one_patch_see_the_same_as_one_pass_of_two(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     losses = []
@@ -454,7 +452,7 @@ def test_a_fold_that_does_not_exist_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_split_file_decides_which_cases_take_part(
+def test_a_split_file_decides_which_cases_are_used(
     phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     names = ids_of(phantoms)
@@ -483,7 +481,7 @@ def test_missing_label_maps_are_refused_with_the_case_ids(
 
 
 @pytest.mark.parametrize("ending", ["t1", "seg"])
-def test_a_damaged_file_is_refused_by_name_and_the_same_command_works_once_it_is_mended(
+def test_a_damaged_file_is_named_and_the_command_works_once_it_is_repaired(
     ending: str, phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     data = copy_of(phantoms, tmp_path)
@@ -498,7 +496,7 @@ def test_a_damaged_file_is_refused_by_name_and_the_same_command_works_once_it_is
 
 
 @pytest.mark.parametrize("ending", ["t1", "seg"])
-def test_a_damaged_case_that_the_split_leaves_out_does_no_harm(
+def test_a_damaged_case_outside_the_split_does_no_harm(
     ending: str, phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     data = copy_of(phantoms, tmp_path)
@@ -509,7 +507,7 @@ def test_a_damaged_case_that_the_split_leaves_out_does_no_harm(
     assert ended.code == 0, ended.err
 
 
-def test_ctrl_c_before_the_first_step_leaves_nothing_in_the_way_of_starting_again(
+def test_ctrl_c_before_the_first_step_does_not_prevent_a_new_start(
     phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.training import run as train
@@ -538,7 +536,7 @@ def files_of_at_most(kilobytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("kilobytes", "what"), [(30, "prepared case"), (1000, "checkpoint")], ids=["case", "weights"])
-def test_a_disk_that_takes_no_more_is_a_matter_of_the_machine_and_the_message_says_where(
+def test_a_full_disk_is_a_machine_error_that_names_the_path(
     *, kilobytes: int, what: str, phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     with files_of_at_most(kilobytes):

@@ -62,7 +62,7 @@ def test_nothing_is_measured_by_default(tiny_run: Path) -> None:
     assert {record["kind"] for record in read_metrics(tiny_run)} == {"train", "validation"}
 
 
-def test_every_layer_and_junction_is_in_the_record(train: Train) -> None:
+def test_every_layer_and_junction_is_recorded(train: Train) -> None:
     run = train("run", "training.telemetry_steps=6")
     (gradients,), (overlap,) = records(run, "gradients"), records(run, "overlap")
     names = [name.removeprefix("weight/") for name in weights(run)]
@@ -74,7 +74,7 @@ def test_every_layer_and_junction_is_in_the_record(train: Train) -> None:
     assert all(set(j) == {"cosine", "ratio", "norm_skip", "norm_transformation"} for j in overlap["junctions"].values())
 
 
-def test_znorm_shows_in_the_layers_that_it_changes_alone(train: Train) -> None:
+def test_znorm_is_visible_only_in_the_layers_that_it_changes(train: Train) -> None:
     (record,) = records(train("run", "training.telemetry_steps=6"), "gradients")
     changed = record["layers"]["model.0.conv.unit0.conv.weight"]
     assert (changed["mean_after"], changed["std_after"]) == pytest.approx((0, 1), abs=1e-5)
@@ -139,7 +139,7 @@ def test_a_run_from_before_telemetry_can_be_resumed(phantoms: Path, tiny_run: Pa
     resume(DataSource(phantoms), run)
 
 
-def test_a_skipped_step_shows_in_its_record(tmp_path: Path) -> None:
+def test_a_skipped_step_is_visible_in_its_record(tmp_path: Path) -> None:
     import znorm
 
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -161,7 +161,7 @@ def test_a_skipped_step_shows_in_its_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [0, 2])
-def test_a_step_that_is_not_measured_installs_no_hook(every: int) -> None:
+def test_an_unmeasured_step_installs_no_hook(every: int) -> None:
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     telemetry = Telemetry(every, model, optimizer)
@@ -200,6 +200,6 @@ def test_tensorboard_has_a_curve_for_each_number(train: Train) -> None:
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", "true", "null"])
-def test_an_interval_that_is_no_count_of_steps_is_refused(value: str) -> None:
+def test_an_interval_that_is_not_a_number_of_steps_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"training\.telemetry_steps"):
         load_config("laptop", [f"training.telemetry_steps={value}"])

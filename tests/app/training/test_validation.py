@@ -17,7 +17,7 @@ from app.training.validation import scored, scored_on_device
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([-10.0, -0.5, 0.0, 0.5, 10.0]))
 @settings(max_examples=40, derandomize=True, deadline=None)
-def test_a_device_scores_as_numpy_does(seed: int, shift: float) -> None:
+def test_scores_on_a_device_equal_those_of_numpy(seed: int, shift: float) -> None:
     """The shifts make regions that are empty, full or neither, in the prediction or in the label map."""
     random = np.random.default_rng(seed)
     logits = torch.from_numpy(random.normal(shift, 1, (3, 5, 4, 3)).astype(np.float32))
@@ -46,7 +46,7 @@ def is_due(*, progress: float, done: int, asked: int, share: float, steps: int |
 
 
 @pytest.mark.parametrize("share", [0.01, 0.9])
-def test_up_to_ten_validations_of_a_budget_in_steps_are_made_whatever_they_cost(share: float) -> None:
+def test_up_to_ten_validations_of_a_step_budget_are_made_at_any_cost(share: float) -> None:
     assert is_due(progress=0.5, done=4, asked=10, share=share)
     assert not is_due(progress=0.5, done=5, asked=10, share=share)
 
@@ -56,12 +56,12 @@ def test_more_validations_are_made_while_they_are_cheap() -> None:
     assert not is_due(progress=0.5, done=24, asked=50, share=0.11)
 
 
-def test_of_many_expensive_validations_ten_are_made_evenly() -> None:
+def test_ten_of_many_expensive_validations_are_made_at_even_intervals() -> None:
     assert is_due(progress=0.5, done=4, asked=50, share=0.9)
     assert not is_due(progress=0.49, done=4, asked=50, share=0.9)
 
 
-def test_a_budget_in_hours_makes_no_expensive_validation_but_the_first() -> None:
+def test_with_a_budget_in_hours_only_the_first_expensive_validation_is_made() -> None:
     assert is_due(progress=0.5, done=0, asked=10, share=0.0, steps=None)
     assert not is_due(progress=0.5, done=1, asked=10, share=0.11, steps=None)
     assert is_due(progress=0.5, done=1, asked=10, share=0.09, steps=None)

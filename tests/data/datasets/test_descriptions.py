@@ -149,7 +149,7 @@ def test_values_that_do_not_determine_the_year_are_refused_with_the_flag(
         convention_of(cases)
 
 
-def test_mixing_two_years_does_not_turn_labels_into_cavities() -> None:
+def test_labels_of_two_mixed_years_are_not_mistaken_for_cavities() -> None:
     cases = [Case(id=f"BraTS-GLI-0000{n}-000", folder=Path(), naming="gli") for n in (1, 2)]
     values = {cases[0].id: (0, 1, 2, 3), cases[1].id: (0, 1, 2, 4)}
     with pytest.raises(DataError, match=r"no case has both: .*--labels brats2024\. Seen: .*4 in BraTS-GLI-00002-000"):

@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_no_partial_export(render: Render, tmp_path: Path, mo
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
 
 
-def test_an_existing_destination_is_refused(render: Render, tmp_path: Path) -> None:
+def test_an_unusable_destination_is_refused(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2021").root
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

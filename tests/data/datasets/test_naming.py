@@ -34,7 +34,7 @@ NO_CONTRAST = "t2_star t2s t1map t1_map t1_rho adc dwi swi pd mprage t1_sub T1GD
 
 
 @pytest.mark.parametrize("name", NO_CONTRAST.split())
-def test_ambiguous_names_and_names_of_other_contrasts_are_not_guessed(name: str) -> None:
+def test_names_of_no_known_contrast_are_not_guessed(name: str) -> None:
     assert split_name(f"P01_{name}") is None
 
 

@@ -120,7 +120,7 @@ def test_grouping_does_not_depend_on_the_order_of_the_cases(
 
 @properties
 @given(st.text(max_size=300))
-def test_every_id_has_a_patient_and_that_patient_is_its_own(case_id: str) -> None:
+def test_the_patient_of_a_patient_id_is_that_id(case_id: str) -> None:
     assert patient_of(patient_of(case_id)) == patient_of(case_id)
 
 

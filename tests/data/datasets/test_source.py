@@ -26,7 +26,7 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     assert [doctest.testmod(module).failed for module in (source, naming)] == [0, 0]
 
 
-def test_each_of_several_data_sets_cases_knows_its_data_set(render: Call, tmp_path: Path) -> None:
+def test_each_case_of_several_data_sets_knows_its_data_set(render: Call, tmp_path: Path) -> None:
     early, late = render(tmp_path / "early", "2021").root, render(tmp_path / "late", "2023 GLI").root
     cases = data_source([str(late), str(early)]).find_cases()
     assert list(cases) == sorted(cases)

@@ -373,7 +373,7 @@ def test_a_single_contrast_is_never_dropped() -> None:
     assert {draw_augmentation(config(contrast_dropout=1.0), 1, rng).present for _ in range(20)} == {(True,)}
 
 
-def test_contrast_dropout_does_not_change_the_order_of_earlier_draws() -> None:
+def test_existing_draws_keep_their_order() -> None:
     variation = draw_augmentation(AugmentConfig(), 4, np.random.default_rng([0, 1, 2]))
     assert variation.noise_seed == 5716919709022709471
     assert variation.flips == (False, True, False)

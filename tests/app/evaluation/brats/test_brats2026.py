@@ -142,7 +142,7 @@ def same(ours: float, theirs: float | None) -> bool:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_number_is_the_one_that_the_command_gave(task: str, stand_in: Put, sides: Write) -> None:
+def test_every_number_equals_that_of_the_command(task: str, stand_in: Put, sides: Write) -> None:
     stand_in()
     cases = scored(task, sides(task)).cases
     assert len(cases) == 3
@@ -155,7 +155,7 @@ def test_every_number_is_the_one_that_the_command_gave(task: str, stand_in: Put,
             assert all(same(numbers[metric], entry.get(metric)) for metric in METRICS), (task, row["seed"], region)
 
 
-def test_the_recorded_output_holds_numbers_that_are_not_finite() -> None:
+def test_the_recorded_output_contains_non_finite_numbers() -> None:
     values = [
         v
         for row in RECORDED["pairs"]
@@ -168,7 +168,7 @@ def test_the_recorded_output_holds_numbers_that_are_not_finite() -> None:
     assert any(map(math.isinf, values))
 
 
-def test_json_is_strict_and_names_configuration_and_versions(stand_in: Put, sides: Write, znormseg: Call) -> None:
+def test_the_json_is_strict_and_names_configuration_and_versions(stand_in: Put, sides: Write, znormseg: Call) -> None:
     stand_in()
     done = znormseg(
         "evaluate", *sides("GOAT"), "--rules", "brats2026", "--task", "GOAT", "--labels", "brats2023", "--json"
@@ -187,7 +187,7 @@ def test_json_is_strict_and_names_configuration_and_versions(stand_in: Put, side
     assert told["cases"][1]["ET"]["sq_dsc"] is None
 
 
-def test_csv_has_every_number_and_says_how_it_was_scored(
+def test_the_csv_has_every_number_and_states_how_it_was_scored(
     stand_in: Put,
     sides: Write,
     tmp_path: Path,
@@ -209,7 +209,7 @@ def test_csv_has_every_number_and_says_how_it_was_scored(
             assert same(float(table[2][f"{region}_{metric}"]), entry[region.lower()].get(metric))
 
 
-def test_the_terminal_says_whose_numbers_they_are_and_what_is_not_finite(
+def test_the_terminal_output_names_the_scorer_and_the_non_finite_values(
     stand_in: Put, sides: Write, znormseg: Call
 ) -> None:
     stand_in()
@@ -223,7 +223,7 @@ def test_the_terminal_says_whose_numbers_they_are_and_what_is_not_finite(
     assert "the voxels of 2 cases are not 1 mm cubes: case-00003, case-00007." in shown.err
 
 
-def test_means_leave_out_what_is_not_defined(stand_in: Put, sides: Write) -> None:
+def test_means_leave_out_undefined_values(stand_in: Put, sides: Write) -> None:
     stand_in()
     found = scored("GOAT", sides("GOAT"))
     first, _, last = (case.regions["WT"]["global_bin_dsc"] for case in found.cases)
@@ -250,7 +250,7 @@ def test_the_command_ranks_folders(
     assert (told["left_out"], [row["mean_rank"] for row in told["ranking"]]) == (["case-00007"], [1.5, 1.5])
 
 
-def test_tables_rank_as_their_folders_do(stand_in: Put, sides: Write, tmp_path: Path) -> None:
+def test_tables_rank_like_their_folders(stand_in: Put, sides: Write, tmp_path: Path) -> None:
     stand_in()
     found = scored("GLI", sides("GLI"))
     found.write_table(tmp_path / "a.csv")
@@ -273,7 +273,7 @@ def test_sets_of_other_versions_or_years_are_not_ranked_together(tmp_path: Path)
         rank(load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "c.csv")], None, None))
 
 
-def test_numbers_that_are_not_finite_in_a_table_of_another_year_are_refused(tmp_path: Path) -> None:
+def test_non_finite_numbers_in_a_table_of_another_year_are_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("case,WT_dice,WT_hd95_mm\nx,0.5,inf\n")
     with pytest.raises(DataError, match="a score is inf"):
@@ -295,7 +295,7 @@ def test_precision_without_a_prediction_ranks_last_and_infinity_as_the_penalty()
     assert (found["prec"], found["sq_hd95"], found["fn"]) == (0.0, 373.0, 2.0)
 
 
-def test_without_the_command_the_message_says_how_to_install_it_and_under_which_licence(
+def test_a_missing_command_is_reported_with_its_installation_and_licence(
     sides: Write,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -331,7 +331,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_goes_wrong_with_one_case_stays_that_cases(kind: str, stand_in: Put, sides: Write, znormseg: Call) -> None:
+def test_a_failure_of_one_case_does_not_affect_the_others(
+    kind: str, stand_in: Put, sides: Write, znormseg: Call
+) -> None:
     body, message = WRONG[kind]
     stand_in(f"{IF_EMPTY}{body}\n{REPLAY}")
     done = znormseg(
@@ -345,7 +347,7 @@ def test_what_goes_wrong_with_one_case_stays_that_cases(kind: str, stand_in: Put
     assert "Traceback (most" not in done.err
 
 
-def test_a_case_that_hangs_is_stopped_with_its_children(stand_in: Put, tmp_path: Path) -> None:
+def test_a_hanging_case_is_stopped_with_its_child_processes(stand_in: Put, tmp_path: Path) -> None:
     child = tmp_path / "child"
     shell = f"echo matching; sleep 600 & echo $! > {child}; wait"
     stand_in(f"os.execv('/bin/sh', ['sh', '-c', {shell!r}])")
@@ -372,7 +374,7 @@ def ends(process: int) -> bool:
     return not lives(process)
 
 
-def test_sigterm_ends_the_command_and_leaves_no_copies(
+def test_sigterm_stops_the_command_and_leaves_no_temporary_files(
     stand_in: Put, sides: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, znormseg_process: Call
 ) -> None:
     stand_in(f"Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(600)")
@@ -392,7 +394,9 @@ def test_sigterm_ends_the_command_and_leaves_no_copies(
     assert list((tmp_path / "copies").iterdir()) == []
 
 
-def test_a_command_whose_interpreter_is_gone_is_said_to_be_broken(stand_in: Put, sides: Write, znormseg: Call) -> None:
+def test_a_command_whose_interpreter_is_missing_is_reported_as_broken(
+    stand_in: Put, sides: Write, znormseg: Call
+) -> None:
     command = stand_in() / COMMAND
     command.write_text("#!/nowhere/bin/python\n")
     done = znormseg("evaluate", *sides("GLI"), "--rules", "brats2026", "--labels", "brats2024")
@@ -408,7 +412,7 @@ def test_a_command_whose_interpreter_is_gone_is_said_to_be_broken(stand_in: Put,
         ({}, "belongs to brats-evaluation of unknown version and panoptica of unknown version;"),
     ],
 )
-def test_versions_that_were_not_tested_are_a_warning(
+def test_untested_versions_cause_a_warning(
     versions: dict[str, str], said: str, stand_in: Put, sides: Write, znormseg: Call
 ) -> None:
     stand_in(versions=versions)
@@ -417,11 +421,11 @@ def test_versions_that_were_not_tested_are_a_warning(
     assert json.loads(done.out)["package"]["panoptica"] == versions.get("panoptica")
 
 
-def test_the_versions_tested_are_no_warning() -> None:
+def test_tested_versions_cause_no_warning() -> None:
     assert Installed(command=Path("x"), versions=dict(TESTED)).doubt is None
 
 
-def test_a_link_on_the_path_leads_to_the_versions_of_its_environment(
+def test_a_symlink_on_the_path_resolves_to_the_versions_of_its_environment(
     stand_in: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = stand_in() / COMMAND
@@ -443,7 +447,7 @@ def relabelled(folder: Path, table: list[int], order: int = 1) -> None:
         save(path, voxels[::order], affine)
 
 
-def test_other_numbers_and_voxel_orders_are_handed_over_in_those_of_the_reference(stand_in: Put, sides: Write) -> None:
+def test_label_numbers_and_voxel_order_are_converted_to_those_of_the_reference(stand_in: Put, sides: Write) -> None:
     stand_in()
     predictions, references = sides("GOAT")
     relabelled(references, [0, 1, 2, 4])  # BraTS 2021
@@ -455,7 +459,7 @@ def test_other_numbers_and_voxel_orders_are_handed_over_in_those_of_the_referenc
     assert len(found.cases) == 3
 
 
-def test_files_that_are_not_compressed_or_hold_floats_are_scored_alike(stand_in: Put, sides: Write) -> None:
+def test_uncompressed_and_floating_point_files_score_the_same(stand_in: Put, sides: Write) -> None:
     stand_in()
     predictions, references = sides("GLI")
     for path in list(predictions.iterdir()):
@@ -476,7 +480,7 @@ def test_files_that_are_not_compressed_or_hold_floats_are_scored_alike(stand_in:
         ("PED", 4, "not part of task PED"),
     ],
 )
-def test_a_tissue_that_the_task_has_no_number_for_is_refused(
+def test_a_tissue_without_a_label_number_in_the_task_is_refused(
     task: str, label: int, said: str, stand_in: Put, tmp_path: Path
 ) -> None:
     stand_in()
@@ -488,7 +492,7 @@ def test_a_tissue_that_the_task_has_no_number_for_is_refused(
         )
 
 
-def test_the_pair_on_the_page_has_the_numbers_of_each_year_that_the_page_gives(tmp_path: Path) -> None:
+def test_the_example_in_the_documentation_has_the_stated_scores_of_each_year(tmp_path: Path) -> None:
     voxels = np.zeros((2, 200, 40, 40), dtype=np.uint8)
     voxels[1, 5:25, 5:25, 5:25] = voxels[0, 6:26, 5:25, 5:25] = voxels[0, 165:170, 10:15, 10:15] = 3
     for side, one in zip(("p", "r"), voxels, strict=True):
@@ -509,7 +513,7 @@ def test_other_grids_are_refused(stand_in: Put, sides: Write) -> None:
     assert "different grids: shape" in scored("GLI", (predictions, references)).failures["case-00000"]
 
 
-def test_paths_of_ours_do_not_reach_the_other_environment(
+def test_our_python_path_does_not_reach_the_other_environment(
     stand_in: Put, sides: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(f"assert 'PYTHONPATH' not in os.environ and os.environ['OMP_NUM_THREADS'] == '1'\n{REPLAY}")
@@ -518,19 +522,19 @@ def test_paths_of_ours_do_not_reach_the_other_environment(
     assert not scored("GLI", sides("GLI")).failures
 
 
-def test_as_many_run_at_once_as_threads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_cases_run_at_once_as_threads_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert processes_at_once() == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert 1 <= processes_at_once() <= len(os.sched_getaffinity(0))
 
 
-def test_a_task_that_2026_has_not_is_refused_with_those_it_has() -> None:
+def test_a_task_that_2026_does_not_have_is_refused_with_the_valid_tasks() -> None:
     with pytest.raises(DataError, match=r"no such task; choose from GLI, PED, MET, MEN-PRE, MEN-RT, GOAT\."):
         package_rules("SSA")
 
 
-def test_the_package_is_no_dependency_and_in_no_image() -> None:
+def test_the_package_is_neither_a_dependency_nor_in_an_image() -> None:
     files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "Dockerfile", *(ROOT / "docker").rglob("*")]
     text = "".join(path.read_text(encoding="utf-8") for path in files if path.is_file()).lower()
     assert not [name for name in ("brats-evaluation", "brats_evaluation", "panoptica") if name in text]
@@ -541,7 +545,7 @@ def test_the_package_is_no_dependency_and_in_no_image() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(COMMAND) is None, reason=f"no command {COMMAND} on the PATH")
-def test_numbers_equal_those_of_the_command_called_by_hand() -> None:
+def test_numbers_equal_those_of_the_command_run_by_hand() -> None:
     subprocess.run([sys.executable, ROOT / "bench" / "brats2026_scores.py", "--pairs", "5"], check=True, timeout=900)
 
 

@@ -56,7 +56,7 @@ def require_equal(row: Mapping[str, Any], golden: Mapping[str, Any], within: flo
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))])
-def test_200_random_pairs_have_the_scores_of_the_official_scripts(part: int) -> None:
+def test_200_random_pairs_match_the_official_scripts(part: int) -> None:
     rows = GOLDEN["pairs"][part::8]
     assert len(rows) == 25
     for row in rows:
@@ -64,7 +64,7 @@ def test_200_random_pairs_have_the_scores_of_the_official_scripts(part: int) -> 
 
 
 @pytest.mark.parametrize("rules", NSD["columns"])
-def test_100_more_pairs_have_the_scores_of_the_scripts_or_of_our_reading_of_them(rules: str) -> None:
+def test_100_more_pairs_match_the_scripts_or_our_reading_of_them(rules: str) -> None:
     rows = [row for row in NSD["pairs"] if f"{row['rules']} {row['task']}" == rules]
     assert len(rows) == 100
     for row in rows:
@@ -73,7 +73,7 @@ def test_100_more_pairs_have_the_scores_of_the_scripts_or_of_our_reading_of_them
 
 @pytest.mark.parametrize("year", ["brats2023", "brats2024"])
 @pytest.mark.parametrize("row", TABLE["rows"], ids=lambda row: row["case"])
-def test_the_golden_table_holds_in_every_column(row: dict[str, Any], year: str) -> None:
+def test_the_golden_table_matches_in_every_column(row: dict[str, Any], year: str) -> None:
     shape, expected = TABLE["shapes"][year], row[year]
 
     def boxes(corners: list[list[int]]) -> npt.NDArray[np.uint8]:
@@ -95,7 +95,7 @@ def test_the_sensitivity_of_2024_counts_lesion_numbers() -> None:
     assert official_scores(codes, codes, MM, rules_for("brats2023", "GLI"))["ET"].sensitivity == pytest.approx(1.0)
 
 
-def test_more_background_changes_nothing_but_specificity() -> None:
+def test_more_background_changes_only_specificity() -> None:
     pair = [decode_tissues(side, BRATS2024) for side in lesion_pair(1003, labels=(1, 2, 3, 4))]
     rules = rules_for("brats2024", "GLI")
     small, large = (official_scores(one, other, MM, rules) for one, other in (pair, [np.pad(side, 9) for side in pair]))
@@ -104,20 +104,20 @@ def test_more_background_changes_nothing_but_specificity() -> None:
         assert kept[0] == kept[1]
 
 
-def test_a_map_scored_against_itself_is_perfect_in_all_of_2023() -> None:
+def test_a_label_map_scored_against_itself_is_perfect_by_all_rules_of_2023() -> None:
     codes = decode_tissues(lesion_pair(5)[0], BRATS2024)
     for found in official_scores(codes, codes, MM, rules_for("brats2023", "MET")).values():
         assert (found.lesion_dice, found.lesion_hd95_mm, found.dice, found.hd95_mm) == (1, 0, 1, 0)
         assert found.false_positives == found.false_negatives == 0
 
 
-def test_lesions_near_each_other_are_one_after_dilation() -> None:
+def test_nearby_lesions_are_one_after_dilation() -> None:
     mask = np.zeros((30, 9, 9), dtype=bool)
     mask[4, 4, 4] = mask[10, 4, 4] = mask[24, 4, 4] = True
     assert [joined_components(mask, steps).most for steps in (1, 2, 3)] == [3, 3, 2]
 
 
-def test_lesions_that_touch_the_same_other_lesion_become_one() -> None:
+def test_lesions_that_touch_the_same_lesion_are_merged() -> None:
     own, other = np.zeros((2, 20, 5, 5), dtype=bool)
     own[2:4, 2, 2] = own[7:9, 2, 2] = own[15, 2, 2] = True
     other[4:7, 2, 2] = True
@@ -125,7 +125,7 @@ def test_lesions_that_touch_the_same_other_lesion_become_one() -> None:
     assert [len(np.unique(counted(found).numbers)) - 1 for found in (components(own), joined)] == [3, 2]
 
 
-def test_one_touching_pair_alone_joins_nothing() -> None:
+def test_a_single_touching_pair_merges_nothing() -> None:
     own, other = np.zeros((2, 20, 5, 5), dtype=bool)
     own[2:4, 2, 2] = other[4:7, 2, 2] = own[15, 2, 2] = True
     lesions = components(own)
@@ -138,7 +138,7 @@ def test_different_shapes_are_refused() -> None:
         official_scores(np.zeros((3, 3, 3), np.uint8), np.zeros((3, 3, 4), np.uint8), MM, rules_for("brats2023", "GLI"))
 
 
-def test_a_task_that_the_year_has_not_is_refused_with_those_it_has() -> None:
+def test_a_task_that_the_year_does_not_have_is_refused_with_the_valid_tasks() -> None:
     with pytest.raises(DataError, match=r"brats2023 has no such task; choose from GLI, PED, SSA, MEN, MET\."):
         rules_for("brats2023", "MEN-RT")
 
@@ -157,20 +157,20 @@ def test_the_later_script_of_met_scores_the_cavity_and_penalises_by_the_diagonal
     assert "RC" not in official_scores(prediction, reference, MM, rules_for("brats2024", "MET"))
 
 
-def test_met_is_scored_as_in_the_challenge_unless_the_later_script_is_asked_for() -> None:
+def test_met_is_scored_as_in_the_challenge_unless_the_later_script_is_requested() -> None:
     assert rules_for("brats2024", "MET").penalty_mm == 374.0
     with pytest.raises(DataError, match=r"brats2024-f1131e3 has no such task; choose from MET\."):
         rules_for("brats2024-f1131e3", "GLI")
 
 
-def test_every_task_of_2024_has_the_surface_dice_and_none_of_2023() -> None:
+def test_every_task_of_2024_has_surface_dice_and_no_task_of_2023_does() -> None:
     codes = decode_tissues(lesion_pair(5, labels=(1,))[1], BRATS2024)
     for year, task, has in (("brats2024", "MEN-RT", True), ("brats2024", "SSA", True), ("brats2023", "SSA", False)):
         for found in official_scores(codes, codes, MM, rules_for(year, task)).values():
             assert (found.nsd_10 is not None) == (found.lesion_nsd_05 is not None) == has
 
 
-def test_a_surface_half_a_millimetre_off_agrees_at_half_a_millimetre() -> None:
+def test_a_surface_half_a_millimetre_off_agrees_at_that_tolerance() -> None:
     reference, prediction = np.zeros((2, 20, 20, 20), dtype=np.bool_)
     reference[5:10, 5:10, 5:10] = prediction[6:11, 5:10, 5:10] = True
     half, whole = border_dice(prediction, reference, (0.5, 2.0, 2.0), (0.5, 1.0))
@@ -190,7 +190,7 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "p", tmp_path / "r"
 
 
-def test_numbers_are_read_by_convention_before_the_rules(sides: tuple[Path, Path]) -> None:
+def test_label_numbers_are_decoded_before_the_rules_apply(sides: tuple[Path, Path]) -> None:
     rules = rules_for("brats2023", "GLI")
     predictions, references = DataSource(sides[0], labels="brats2023"), DataSource(sides[1])
     cases = evaluate_officially(predictions, references, rules).cases
@@ -215,7 +215,7 @@ def test_the_command_writes_every_number_of_the_script(
     assert (told["rules"], told["task"]) == ("brats2024", "MEN")
 
 
-def test_label_maps_of_several_tissues_are_none_of_men_rt(sides: tuple[Path, Path]) -> None:
+def test_label_maps_with_several_tissues_are_refused_for_men_rt(sides: tuple[Path, Path]) -> None:
     image = nib.nifti1.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.diag([-1.0, -1.0, 1.0, 1.0]))
     for side in sides:
         nib.loadsave.save(image, side / "BraTS2021_00002.nii.gz")
@@ -237,7 +237,7 @@ def with_pixdim(sides: tuple[Path, Path], edge_mm: float, which: int) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_pixdim_that_is_not_the_affines_is_not_followed_and_warned_of(
+def test_a_pixdim_that_contradicts_the_affine_is_ignored_with_a_warning(
     sides: tuple[Path, Path], znormseg: Callable[..., Any], side: int
 ) -> None:
     common = ("evaluate", *sides, "--rules", "brats2023", "--labels", "brats2023,brats2021", "--json")
@@ -250,7 +250,7 @@ def test_a_pixdim_that_is_not_the_affines_is_not_followed_and_warned_of(
     assert "BraTS2021_00001, pixdim is 1 x 1 x 3 mm. The affine is used" in done.err
 
 
-def test_a_pixdim_rounded_to_single_precision_is_no_other(
+def test_a_pixdim_rounded_to_single_precision_does_not_contradict_the_affine(
     sides: tuple[Path, Path], znormseg: Callable[..., Any]
 ) -> None:
     with_pixdim(sides, float(np.float32(1 + 1e-6)), 0)
@@ -259,7 +259,7 @@ def test_a_pixdim_rounded_to_single_precision_is_no_other(
     assert "pixdim" not in done.err
 
 
-def test_without_rules_another_pixdim_is_warned_of_as_well(
+def test_a_contradictory_pixdim_also_causes_a_warning_without_rules(
     sides: tuple[Path, Path], znormseg: Callable[..., Any]
 ) -> None:
     with_pixdim(sides, 0.5, 1)
@@ -267,13 +267,13 @@ def test_without_rules_another_pixdim_is_warned_of_as_well(
 
 
 @pytest.mark.parametrize("flags", [["--task", "PED"], ["--rules", "brats2023", "--resample"]])
-def test_options_that_do_not_go_together_are_a_usage_error(
+def test_incompatible_options_are_a_usage_error(
     sides: tuple[Path, Path], znormseg: Callable[..., Any], flags: list[str]
 ) -> None:
     assert znormseg("evaluate", *sides, *flags).code == 2
 
 
-def test_scoring_loads_neither_monai_nor_torch() -> None:
+def test_scoring_imports_neither_monai_nor_torch() -> None:
     code = (
         "import sys, numpy as np; from app.evaluation import evaluate, metrics; "
         "from app.evaluation.brats import evaluate; "
@@ -285,7 +285,7 @@ def test_scoring_loads_neither_monai_nor_torch() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 5])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_fast_dilation_equals_scipys(seed: int, steps: int) -> None:
+def test_the_fast_dilation_equals_that_of_scipy(seed: int, steps: int) -> None:
     mask = np.random.default_rng(seed).random((11, 9, 7)) < 0.02 * (seed + 1)
     kept = mask.copy()
     neighbours = ndimage.generate_binary_structure(3, 2)
@@ -301,7 +301,9 @@ def test_cropping_to_each_region_does_not_change_a_score(monkeypatch: pytest.Mon
     assert official_scores(one, other, MM, rules_for("brats2023", "GLI")) == cropped
 
 
-def test_the_terminal_says_what_was_invented_and_missed(tmp_path: Path, znormseg: Callable[..., Any]) -> None:
+def test_the_terminal_output_states_false_positive_and_missed_lesions(
+    tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
     for side, place in (("predicted", 4), ("expected", 24)):
         voxels = np.zeros((36, 20, 20), dtype=np.uint8)
         voxels[place : place + 6, 4:10, 4:10] = 3
@@ -322,7 +324,7 @@ def test_the_terminal_says_what_was_invented_and_missed(tmp_path: Path, znormseg
         ("brats2024", "MEN-RT", "each missed one counts with Dice 0 and an HD95 of the grid's diagonal"),
     ],
 )
-def test_the_terminal_says_that_the_penalty_is_the_diagonal(
+def test_the_terminal_output_states_that_the_penalty_is_the_diagonal(
     tmp_path: Path, znormseg: Callable[..., Any], rules: str, task: str, said: str
 ) -> None:
     for side, place in (("predicted", 4), ("expected", 24)):
@@ -334,6 +336,6 @@ def test_the_terminal_says_that_the_penalty_is_the_diagonal(
     assert said in znormseg(*words, "--labels", "brats2023").out
 
 
-def test_the_rules_of_earlier_years_are_said_to_be_those_without_the_option() -> None:
+def test_earlier_years_are_documented_as_the_rules_without_the_option() -> None:
     with pytest.raises(DataError, match="Without --rules, whole regions are scored, as in the challenges up to 2022"):
         rules_for("brats2021", "GLI")

@@ -41,19 +41,19 @@ def test_low_errors_of_probabilities_have_the_first_rank(metric: str) -> None:
     assert rank([wrong, sure], (metric,)).order == [1, 0]
 
 
-def test_equal_sets_share_their_ranks_and_differ_in_nothing() -> None:
+def test_equal_sets_share_their_ranks_and_show_no_difference() -> None:
     ranking = rank([scored("a", [0.5, 0.7]), scored("b", [0.5, 0.7])])
     assert ranking.mean_ranks.tolist() == [1.5, 1.5]
     assert (ranking.tests[0].p, ranking.differences[0].p, ranking.differences[0].mean) == (1.0, None, 0.0)
 
 
-def test_the_mean_ranks_of_all_sets_sum_to_those_of_their_places() -> None:
+def test_mean_ranks_add_up_to_the_sum_of_all_places() -> None:
     rng = np.random.default_rng(1)
     ranking = rank([scored(name, rng.random(9).tolist(), rng.random(9).tolist()) for name in "abcd"])
     assert ranking.mean_ranks.sum() == pytest.approx(1 + 2 + 3 + 4)
 
 
-def test_a_set_that_is_better_in_every_case_is_told_apart() -> None:
+def test_a_set_that_is_better_in_every_case_is_distinguished() -> None:
     low = np.linspace(0.3, 0.6, 12)
     ranking = rank([scored("low", low.tolist()), scored("high", (low + 0.2).tolist())])
     assert [ranking.names[place] for place in ranking.order] == ["high", "low"]
@@ -63,40 +63,40 @@ def test_a_set_that_is_better_in_every_case_is_told_apart() -> None:
     assert difference.low == pytest.approx(-0.2) == difference.high
 
 
-def test_exchanging_two_sets_turns_the_signs_of_their_differences() -> None:
+def test_swapping_two_sets_flips_the_signs_of_their_differences() -> None:
     one, other = scored("a", [0.1, 0.9, 0.4]), scored("b", [0.2, 0.5, 0.6])
     forth, back = (rank(pair).differences[0] for pair in ([one, other], [other, one]))
     assert (forth.mean, forth.low, forth.high) == pytest.approx((-back.mean, -back.high, -back.low), abs=0.02)
 
 
-def test_the_permutation_test_of_all_signs_alike_counts_two_in_two_to_the_n() -> None:
+def test_with_equal_signs_the_permutation_p_value_is_two_in_two_to_the_n() -> None:
     assert permutation_p(np.ones(4)) == pytest.approx(2 / 16, abs=0.01)
 
 
-def test_cases_that_some_sets_lack_are_left_out_and_counted() -> None:
+def test_cases_missing_from_some_sets_are_left_out_and_counted() -> None:
     ranking = rank([scored("a", [0.5, 0.7, 0.8]), scored("b", [0.5, 0.7])])
     assert (ranking.cases, ranking.left_out) == (("case0", "case1"), ("case2",))
 
 
-def test_sets_without_a_common_case_are_refused_with_ids_of_each() -> None:
+def test_sets_without_a_common_case_are_refused_with_example_ids_of_each() -> None:
     other = Scored(name="b", cases={"x": {("WT", "dice"): 1.0}})
     with pytest.raises(DataError, match="a has case0; b has x"):
         rank([scored("a", [0.5]), other])
 
 
-def test_a_metric_that_is_not_there_is_refused_with_those_that_are() -> None:
+def test_a_missing_metric_is_refused_with_the_available_ones() -> None:
     with pytest.raises(DataError, match=r"metric lesion_dice: .* dice, hd95_mm"):
         rank([scored("a", [0.5]), scored("b", [0.5])], ("lesion_dice",))
 
 
-def test_names_from_outside_are_escaped_on_the_page_and_nothing_is_fetched() -> None:
+def test_untrusted_names_are_escaped_on_the_page_and_nothing_is_fetched() -> None:
     page = render_ranking(rank([scored("<b>", [0.5, 0.6]), scored("b", [0.7, 0.2])]))
     assert "<b>" not in page
     assert not re.search(r"(?:src|href)=|url\(", page)
     assert "case0" in page
 
 
-def test_metrics_and_regions_of_a_table_are_text_on_the_page() -> None:
+def test_metrics_and_regions_from_a_table_are_escaped_on_the_page() -> None:
     measure = ("<i>r", "<i>m")
     sets = [
         Scored(name=name, cases={"x": {measure: value}, "y": {measure: value}})
@@ -136,7 +136,7 @@ def test_the_command_ranks_folders_and_writes_csv_and_page(
     assert "Worst cases" in page.read_text(encoding="utf-8")
 
 
-def test_tables_of_evaluate_rank_as_their_folders_do(
+def test_tables_of_evaluate_rank_like_their_folders(
     folders: dict[str, Path], tmp_path: Path, znormseg: Callable[..., Any]
 ) -> None:
     tables = []
@@ -153,7 +153,7 @@ def test_tables_of_evaluate_rank_as_their_folders_do(
         assert read.names == ("other", "best")
 
 
-def test_a_table_from_a_spreadsheet_is_read_and_empty_cells_are_no_score(tmp_path: Path) -> None:
+def test_a_spreadsheet_table_is_read_and_empty_cells_are_missing_scores(tmp_path: Path) -> None:
     for name in ("a", "b"):
         text = "case,WT_dice,WT_hd95_mm,WT_ece\nx,0.9,2,0.1\ny,0.8,3,\n"
         (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8-sig")
@@ -172,7 +172,7 @@ def spoil(label_map: Path) -> None:
 
 
 @pytest.mark.parametrize("spoilt", [("best",), ("best", "other")])
-def test_a_case_that_cannot_be_scored_is_named_counted_and_an_exit_code(
+def test_a_case_that_cannot_be_scored_is_named_counted_and_sets_the_exit_code(
     spoilt: tuple[str, ...], folders: dict[str, Path], znormseg: Callable[..., Any]
 ) -> None:
     for name in spoilt:
@@ -190,7 +190,7 @@ def test_a_case_that_cannot_be_scored_is_named_counted_and_an_exit_code(
     )
 
 
-def test_a_table_in_json_knows_the_cases_that_failed(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:
+def test_a_json_table_lists_the_failed_cases(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:
     spoil(folders["best"] / "BraTS-GLI-00002-000.nii.gz")
     table = folders["best"] / "best.json"
     table.write_text(znormseg("evaluate", folders["best"], folders["refs"], "--json").out, encoding="utf-8")
@@ -198,7 +198,7 @@ def test_a_table_in_json_knows_the_cases_that_failed(folders: dict[str, Path], z
     assert (ranking.left_out, set(ranking.failures)) == (("BraTS-GLI-00002-000",), {"best"})
 
 
-def test_label_numbers_that_nothing_tells_are_settled_for_sets_and_references(
+def test_ambiguous_label_numbers_can_be_specified_for_sets_and_references(
     folders: dict[str, Path], znormseg: Callable[..., Any]
 ) -> None:
     for folder in folders.values():
@@ -223,7 +223,7 @@ def json_tables(folder: Path, *told: dict[str, str]) -> list[Scored]:
 
 
 @pytest.mark.parametrize("other", [{}, {"rules": "brats2023", "task": "GLI"}, {"rules": "brats2024", "task": "PED"}])
-def test_scores_by_different_rules_are_refused_with_both(other: dict[str, str], tmp_path: Path) -> None:
+def test_scores_by_different_rules_are_refused_naming_both(other: dict[str, str], tmp_path: Path) -> None:
     first = {"rules": "brats2024", "task": "GLI"}
     rank(json_tables(tmp_path, first, first))
     shown = " ".join(other.values()) or "no rules"
@@ -246,7 +246,7 @@ def test_a_folder_without_references_is_refused(folders: dict[str, Path], znorms
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "case,WT_dice\nx,nan\n", "case,WT_dice\nx,\n"])
-def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_table_is_refused(tmp_path: Path, text: str) -> None:
     good, bad = tmp_path / "good.csv", tmp_path / "bad.csv"
     good.write_text("case,WT_dice\nx,1\n", encoding="utf-8")
     bad.write_text(text, encoding="utf-8")
