@@ -78,13 +78,13 @@ GUARDS: dict[str, Guard] = {
         "app/experiments/crossval/plan.py",
         "    if not kept and count < folds:",
         "    if False:",
-        "app/experiments/crossval/test_crossval.py::test_folds_that_cannot_be_are_refused",
+        "app/experiments/crossval/test_crossval.py::test_impossible_folds_are_refused",
     ),
     "folds of different spacings": Guard(
         "app/experiments/crossval/plan.py",
         "        _require_one_spacing(cases, splits)",
         "        pass",
-        "app/experiments/crossval/test_crossval.py::test_cases_of_different_spacings_need_one_to_be_named",
+        "app/experiments/crossval/test_crossval.py::test_cases_of_different_spacings_need_an_explicit_spacing",
     ),
     "another cross-validation in its folder": Guard(
         "app/experiments/runs.py",
@@ -102,7 +102,7 @@ GUARDS: dict[str, Guard] = {
         "app/experiments/crossval/out_of_fold.py",
         "    except RunError:\n        return False\n",
         "    except KeyError:\n        return False\n",
-        "app/experiments/crossval/test_crossval.py::test_a_file_that_is_cut_short_is_as_good_as_not_there",
+        "app/experiments/crossval/test_crossval.py::test_a_truncated_file_is_treated_as_missing",
     ),
     "a checkpoint that contradicts its config": Guard(
         "app/inference/model.py",

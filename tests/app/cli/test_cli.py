@@ -93,7 +93,7 @@ def only_object(ended: Any) -> Any:
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "top")
-def test_the_help_text_is_the_one_agreed_on(verb: list[str], shell: Call, tmp_path: Path) -> None:
+def test_the_help_text_equals_the_golden_one(verb: list[str], shell: Call, tmp_path: Path) -> None:
     ended = shell(["znormseg", *verb, "--help"], environment=TERMINAL, cwd=tmp_path)
     assert (ended.code, ended.err) == (0, "")
     golden = GOLDEN / f"help_{'_'.join(verb) or 'top'}.txt"
@@ -102,7 +102,7 @@ def test_the_help_text_is_the_one_agreed_on(verb: list[str], shell: Call, tmp_pa
     assert ended.out == golden.read_text(encoding="utf-8")
 
 
-def test_there_is_a_golden_help_text_for_every_verb_and_none_besides() -> None:
+def test_exactly_the_existing_commands_have_a_golden_help_text() -> None:
     assert sorted(path.name for path in GOLDEN.glob("help_*.txt")) == sorted(
         f"help_{'_'.join(verb) or 'top'}.txt" for verb in VERBS
     )
@@ -116,7 +116,7 @@ def test_the_help_fits_a_terminal_and_shows_no_markup(verb: list[str]) -> None:
     assert "\x1b" not in text
 
 
-def test_without_a_word_the_things_people_come_for_are_shown(znormseg: Call) -> None:
+def test_without_arguments_the_common_tasks_are_shown(znormseg: Call) -> None:
     ended = znormseg()
     shown = [line.partition("  znormseg ")[2].split()[0] for line in ended.err.splitlines() if "  znormseg " in line]
     assert shown == ["predict", "report", "demo", "data", "train", "predict", "evaluate"]
@@ -126,7 +126,7 @@ def test_without_a_word_the_things_people_come_for_are_shown(znormseg: Call) -> 
 @pytest.mark.parametrize(
     "verb", ["train", "crossval", "compare", "predict", "evaluate", "contrasts", "rank", "data prepare"]
 )
-def test_of_verbs_with_panels_every_option_has_its_panel(verb: str) -> None:
+def test_commands_with_panels_put_every_option_in_a_panel(verb: str) -> None:
     from typer.main import get_command
 
     from app.cli.main import app
@@ -140,7 +140,7 @@ def test_of_verbs_with_panels_every_option_has_its_panel(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["predict", "compare", "model verify"])
-def test_the_common_options_come_last_and_only_the_examples_after_them(verb: str) -> None:
+def test_common_options_come_last_before_the_examples(verb: str) -> None:
     text = (GOLDEN / f"help_{verb.replace(' ', '_')}.txt").read_text(encoding="utf-8")
     headings = re.findall(r"^([A-Z][^:\n]*):$", text, re.MULTILINE)
     assert headings[-2:] == ["Common options", "Examples"]
@@ -168,7 +168,7 @@ GROUPS: tuple[list[str], ...] = (
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in GROUPS], ids=" ".join)
-def test_the_help_of_every_verb_has_quiet_and_of_most_an_example(verb: list[str]) -> None:
+def test_every_help_text_has_quiet_and_most_have_an_example(verb: list[str]) -> None:
     text = (GOLDEN / f"help_{'_'.join(verb)}.txt").read_text(encoding="utf-8")
     assert "-q, --quiet" in text
     assert verb[0] == "data" or f"  znormseg {' '.join(verb)}" in text
@@ -184,32 +184,32 @@ def test_the_help_of_every_verb_has_quiet_and_of_most_an_example(verb: list[str]
     ],
     ids=str,
 )
-def test_a_near_miss_is_told_what_was_meant(words: tuple[str, ...], advice: str, znormseg: Call) -> None:
+def test_a_typo_is_answered_with_a_suggestion(words: tuple[str, ...], advice: str, znormseg: Call) -> None:
     ended = znormseg(*words)
     assert ended.code in (2, 4)
     assert advice in ended.err
 
 
-def test_quiet_leaves_the_result_alone(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_quiet_does_not_suppress_the_result(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("predict", tiny_run, phantoms, tmp_path, "--quiet")
     assert ended.err == ""
     assert "Research use only" in ended.out
 
 
-def test_config_show_prints_what_train_takes(tmp_path: Path, znormseg: Call) -> None:
+def test_config_show_prints_a_config_that_train_accepts(tmp_path: Path, znormseg: Call) -> None:
     shown = znormseg("config", "show", "laptop", "--set", "training.steps=7")
     (tmp_path / "mine.yaml").write_text(shown.out, encoding="utf-8")
     again = znormseg("config", "show", tmp_path / "mine.yaml", "--json")
     assert json.loads(again.out)["training"]["steps"] == 7
 
 
-def test_config_list_names_them_all(znormseg: Call) -> None:
+def test_config_list_names_every_config(znormseg: Call) -> None:
     from app.config.load import config_names
 
     assert list(only_object(znormseg("config", "list", "--json"))) == config_names()
 
 
-def test_a_table_in_a_terminal_takes_no_id_for_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_in_a_terminal_does_not_interpret_ids_as_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     from app.cli import terminal
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -224,7 +224,7 @@ def test_the_help_names_every_config(shell: Call) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"], ["--version"]])
-def test_help_and_version_load_neither_torch_nor_monai(arguments: list[str], shell: Call, tmp_path: Path) -> None:
+def test_help_and_version_import_neither_torch_nor_monai(arguments: list[str], shell: Call, tmp_path: Path) -> None:
     ended = shell(["python", "-X", "importtime", "-m", "app", *arguments], cwd=tmp_path)
     loaded = {line.rpartition("|")[2].strip() for line in ended.err.splitlines()}
     assert "app.cli.main" in loaded
@@ -247,14 +247,14 @@ def test_the_version_is_that_of_the_package(znormseg: Call) -> None:
     [[], ["segment"], ["--nonsense"], ["data"], ["data", "mend"], ["train"], ["train", "--set"], ["evaluate", "a"]],
     ids=lambda arguments: " ".join(arguments) or "nothing",
 )
-def test_a_wrong_command_line_has_its_own_code(arguments: list[str], znormseg: Call) -> None:
+def test_a_usage_error_has_its_own_exit_code(arguments: list[str], znormseg: Call) -> None:
     ended = znormseg(*arguments)
     assert ended.code == 2
     assert "Usage: " in ended.out + ended.err or "Error: " in ended.err
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "rank"])
-def test_what_scores_cases_tells_how_far_it_is_on_stderr_unless_quiet(
+def test_scoring_commands_report_progress_on_stderr_unless_quiet(
     verb: str, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     shutil.copytree(phantoms, tmp_path / "others")
@@ -313,7 +313,7 @@ def test_demo_prints_one_json_object(tmp_path: Path, znormseg: Call) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_of_its_own_writes_nothing_but_json_on_stdout(
+def test_a_separate_process_writes_only_json_to_stdout(
     phantoms: Path, tmp_path: Path, options: list[str], shell: Call
 ) -> None:
     ended = shell(["znormseg", "train", phantoms, tmp_path / "run", *options, "--json"])
@@ -325,7 +325,7 @@ def test_a_process_of_its_own_writes_nothing_but_json_on_stdout(
 # Words on stdout
 
 
-def test_train_tells_the_result_and_what_to_do_next(
+def test_train_reports_the_result_and_the_next_step(
     phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     ended = znormseg("train", phantoms, tmp_path / "run", *options)
@@ -334,7 +334,7 @@ def test_train_tells_the_result_and_what_to_do_next(
     assert "training" not in ended.out
 
 
-def test_predict_shows_a_row_a_case_and_the_notice(
+def test_predict_shows_one_row_per_case_and_the_notice(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, phantoms, tmp_path)
@@ -343,22 +343,20 @@ def test_predict_shows_a_row_a_case_and_the_notice(
     assert "Research use only; not a medical device." in ended.out
 
 
-def test_evaluate_writes_the_table_where_it_is_asked_to(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_evaluate_writes_the_table_to_the_given_path(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("evaluate", phantoms, phantoms, "--out", tmp_path / "scores.csv")
     assert ended.code == 0
     assert "1.000" in ended.out
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 6 + 2
 
 
-def test_evaluate_looks_at_the_place_of_the_table_before_it_scores(
-    phantoms: Path, tmp_path: Path, znormseg: Call
-) -> None:
+def test_evaluate_checks_the_table_path_before_scoring(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("evaluate", phantoms, phantoms, "--out", tmp_path / "missing" / "scores.csv")
     assert (ended.code, ended.out) == (3, "")
     assert "missing does not exist. Create it first." in ended.err
 
 
-def test_evaluate_tells_which_cases_lack_a_partner(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_evaluate_reports_unmatched_cases(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = sorted(phantoms.iterdir())[0]
     shutil.copytree(case, tmp_path / case.name)
     ended = znormseg("evaluate", tmp_path, phantoms)
@@ -380,7 +378,7 @@ def test_evaluate_of_a_folder_with_one_bad_file_scores_the_others(
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["words", "json"])
-def test_data_check_of_a_broken_set_names_the_problem_and_has_the_code_of_bad_data(
+def test_data_check_of_a_broken_data_set_names_the_problem_and_exits_with_bad_data(
     as_json: list[str], phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     data = Path(shutil.copytree(phantoms, tmp_path / "data"))
@@ -390,7 +388,7 @@ def test_data_check_of_a_broken_set_names_the_problem_and_has_the_code_of_bad_da
     assert "contrast t2 is missing" in ended.out
 
 
-def test_data_check_tells_notes_and_ends_well(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_data_check_reports_notes_and_succeeds(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     data = Path(shutil.copytree(phantoms, tmp_path / "data"))
     (data / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz").unlink()
     ended = znormseg("data", "check", data)
@@ -413,7 +411,7 @@ def test_data_check_names_what_was_swapped_and_what_to_do(phantoms: Path, tmp_pa
     ]
 
 
-def test_data_check_of_a_good_set_says_so(phantoms: Path, znormseg: Call) -> None:
+def test_data_check_reports_a_clean_data_set(phantoms: Path, znormseg: Call) -> None:
     ended = znormseg("data", "check", phantoms)
     assert ended.code == 0
     assert "6 cases of 6 patients; labels: brats2021" in ended.out
@@ -436,14 +434,14 @@ def test_debug_shows_the_traceback_and_keeps_the_code(tmp_path: Path, znormseg: 
     assert "DataError" in ended.err
 
 
-def test_a_config_that_is_refused_has_its_own_code(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_refused_config_has_its_own_exit_code(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("train", phantoms, tmp_path / "run", "--set", "training.step=5")
     assert ended.code == 4
     assert "laptop: unknown key training.step; did you mean training.steps?" in ended.err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reader_that_goes_away_is_no_fault(shell: Call, phantoms: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(shell: Call, phantoms: Path) -> None:
     ended = shell(["bash", "-c", 'set -o pipefail; znormseg data check "$0" --json | head -c 1 > /dev/null', phantoms])
     assert "Traceback" not in ended.err
     assert "internal error" not in ended.err
@@ -452,7 +450,7 @@ def test_a_reader_that_goes_away_is_no_fault(shell: Call, phantoms: Path) -> Non
 # In a narrow terminal
 
 
-def test_a_table_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_never_truncated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "40")
     row = ["BraTS2021_01479", *(f"{number}.12345" for number in range(9))]
@@ -460,7 +458,7 @@ def test_a_table_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(cell in shown for cell in row)
 
 
-def test_progress_keeps_its_bar_and_its_time() -> None:
+def test_progress_always_shows_its_bar_and_time() -> None:
     console = Console(file=io.StringIO(), width=70, force_terminal=True, color_system=None)
     with terminal._bar(console) as drawn:
         drawn(Progress(job="training", share=0.5, detail="step 48  loss 0.792  " + "more " * 30, eta_seconds=266))
@@ -469,16 +467,16 @@ def test_progress_keeps_its_bar_and_its_time() -> None:
     assert "ETA 4:26 step 48" in last
 
 
-def test_a_config_is_shown_without_marks_of_a_documentation_program(znormseg: Call) -> None:
+def test_a_config_is_shown_without_documentation_markup(znormseg: Call) -> None:
     assert not re.search(r":[a-z]+:`", znormseg("config", "show", "laptop").out)
 
 
-def test_t1ce_is_another_word_for_t1c(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_t1ce_is_an_alias_of_t1c(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = phantoms / "BraTS2021_00000"
     words = [word for end in ("t1", "t1ce", "t2", "flair") for word in (f"--{end}", case / f"{case.name}_{end}.nii.gz")]
     assert znormseg("predict", tiny_run, tmp_path / "out", *words).code == 0
 
 
-def test_a_folder_that_is_no_run_is_called_so(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_folder_that_is_not_a_run_is_reported_as_such(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("predict", phantoms, phantoms, tmp_path / "out")
     assert (ended.code, "not the folder of a run" in ended.err) == (5, True)

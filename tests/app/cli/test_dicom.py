@@ -31,7 +31,7 @@ def ambiguous(dicom_study: Path, tmp_path: Path) -> Path:
     return tmp_path / "study"
 
 
-def test_a_study_becomes_a_case_that_the_other_verbs_recognise(
+def test_a_study_becomes_a_case_that_the_other_commands_recognise(
     dicom_study: Path, znormseg: Call, tmp_path: Path
 ) -> None:
     from data.datasets.layouts import find_cases
@@ -45,7 +45,7 @@ def test_a_study_becomes_a_case_that_the_other_verbs_recognise(
     assert set(case.require().contrasts) == {"t1", "t1c", "t2", "flair"}
 
 
-def test_json_says_the_same(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
+def test_json_contains_the_same_information(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
     ended = znormseg("data", "dicom", dicom_study, tmp_path, "--id", "one", "--json")
     content = json.loads(ended.out)
     assert {contrast: taken["series"] for contrast, taken in content["taken"].items()} == {
@@ -58,7 +58,7 @@ def test_json_says_the_same(dicom_study: Path, znormseg: Call, tmp_path: Path) -
     assert content["series"][0]["reason"] == "a localizer (name 'localizer')"
 
 
-def test_nothing_of_the_patient_is_printed_or_written(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
+def test_no_patient_data_is_printed_or_written(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
     plain = znormseg("data", "dicom", dicom_study, tmp_path)
     as_json = znormseg("data", "dicom", dicom_study, "--json")
     names = " ".join(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
@@ -66,13 +66,13 @@ def test_nothing_of_the_patient_is_printed_or_written(dicom_study: Path, znormse
     assert [name for name in NAMES if name in shown] == []
 
 
-def test_without_a_place_to_write_the_series_are_listed(dicom_study: Path, znormseg: Call) -> None:
+def test_without_an_output_the_series_are_listed(dicom_study: Path, znormseg: Call) -> None:
     ended = znormseg("data", "dicom", dicom_study)
     assert ended.code == 0
     assert "contrasts in" not in ended.out
 
 
-def test_the_time_points_of_a_series_are_one_line(znormseg: Call, write_series: Call, tmp_path: Path) -> None:
+def test_the_time_points_of_a_series_take_one_line(znormseg: Call, write_series: Call, tmp_path: Path) -> None:
     for time in range(5):
         more = {"SeriesInstanceUID": "1.2.3", "SeriesNumber": 20, "TemporalPositionIdentifier": time}
         write_series(tmp_path / "in", np.full((8, 8, 6), time), np.diag([-2.0, -2, 2, 1]), **more)
@@ -81,7 +81,7 @@ def test_the_time_points_of_a_series_are_one_line(znormseg: Call, write_series: 
     assert "20/1: one of 5 volumes of its series: dynamic, or many echoes" in ended.out
 
 
-def test_two_candidates_are_listed_with_the_option_that_settles_it(
+def test_two_candidates_are_listed_with_the_option_that_chooses_one(
     ambiguous: Path, znormseg: Call, tmp_path: Path
 ) -> None:
     ended = znormseg("data", "dicom", ambiguous, tmp_path / "out")
@@ -111,7 +111,7 @@ def changed(study: Path, place: Path, series: str, change: Callable[[pydicom.Dat
     return place
 
 
-def test_what_was_put_right_is_printed_and_in_the_json(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
+def test_corrections_are_printed_and_in_the_json(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
     def change(image: pydicom.Dataset) -> None:
         image.add_new(0x00280120, "US", 0)
         image.add_new(0x00280121, "US", 99)
@@ -129,7 +129,7 @@ def test_what_was_put_right_is_printed_and_in_the_json(dicom_study: Path, znorms
     assert voxels[voxels > 0].min() == 100
 
 
-def test_a_series_rescaled_in_part_is_refused_with_its_files_and_nothing_is_written(
+def test_a_partly_rescaled_series_is_refused_with_its_files_without_writing(
     dicom_study: Path, znormseg: Call, tmp_path: Path
 ) -> None:
     study = changed(dicom_study, tmp_path / "study", "S3", lambda image: setattr(image, "RescaleSlope", "3"))
@@ -160,7 +160,9 @@ def test_a_label_map_becomes_a_segmentation_on_its_series(dicom_study: Path, zno
     assert (again.code, "already exists and is not overwritten" in again.err) == (3, True)
 
 
-def test_a_label_map_on_another_series_grid_is_refused(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
+def test_a_label_map_on_the_grid_of_another_series_is_refused(
+    dicom_study: Path, znormseg: Call, tmp_path: Path
+) -> None:
     nib.save(nib.Nifti1Image(np.ones((18, 20, 12), np.uint8), np.eye(4)), tmp_path / "labels.nii.gz")
     ended = znormseg("data", "dicom-seg", tmp_path / "labels.nii.gz", dicom_study, tmp_path / "seg.dcm")
     assert ended.code == 3
@@ -169,7 +171,7 @@ def test_a_label_map_on_another_series_grid_is_refused(dicom_study: Path, znorms
     assert not (tmp_path / "seg.dcm").exists()
 
 
-def test_a_study_that_may_not_be_read_is_said_to_be_so(znormseg: Call, tmp_path: Path) -> None:
+def test_a_study_without_read_permission_is_reported_as_such(znormseg: Call, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root reads everything")
     shutil.copy(str(get_testdata_file("MR_small.dcm")), tmp_path / "a")
@@ -179,7 +181,7 @@ def test_a_study_that_may_not_be_read_is_said_to_be_so(znormseg: Call, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["MR_truncated.dcm", "rtplan_truncated.dcm", "CT_small.dcm", "DICOMDIR-empty.dcm"])
-def test_what_cannot_be_used_is_one_message(name: str, znormseg: Call, tmp_path: Path) -> None:
+def test_unusable_input_gives_one_message(name: str, znormseg: Call, tmp_path: Path) -> None:
     shutil.copy(next(Path(str(get_testdata_file("MR_small.dcm"))).parent.rglob(name)), tmp_path)
     ended = znormseg("data", "dicom", tmp_path, tmp_path / "out")
     assert ended.code == 3

@@ -60,7 +60,7 @@ def monai_brats() -> PublishedModel:
     return published.MODELS["monai-brats"]
 
 
-def test_the_list_says_what_each_model_is_and_whether_it_is_installed(znormseg: Call, folder: Path) -> None:
+def test_the_list_describes_each_model_and_whether_it_is_installed(znormseg: Call, folder: Path) -> None:
     (folder / "mindgrab").mkdir(parents=True)
     ended = znormseg("model", "list", "--json")
     assert ended.code == 0
@@ -75,7 +75,7 @@ def test_the_list_says_what_each_model_is_and_whether_it_is_installed(znormseg: 
     assert all(model["files"] or model["ships"] for model in found.values())
 
 
-def test_the_list_names_the_licence_to_a_reader(znormseg: Call) -> None:
+def test_the_list_names_the_licence_in_a_terminal(znormseg: Call) -> None:
     ended = znormseg("model", "list")
     assert "Licence: MIT" in ended.out
     assert "may not be used commercially without permission" in ended.out
@@ -89,7 +89,7 @@ def test_the_list_names_the_licence_to_a_reader(znormseg: Call) -> None:
     ],
     ids=["other files", "one file of two"],
 )
-def test_files_that_are_not_the_published_ones_are_refused(
+def test_files_that_differ_from_the_published_ones_are_refused(
     znormseg: Call, tmp_path: Path, folder: Path, present: dict[str, bytes], reason: str
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -101,20 +101,20 @@ def test_files_that_are_not_the_published_ones_are_refused(
     assert not (folder / "mindgrab").exists()
 
 
-def test_one_file_for_a_model_of_two_is_refused(znormseg: Call, tmp_path: Path) -> None:
+def test_one_file_for_a_model_with_two_files_is_refused(znormseg: Call, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"1234")
     ended = znormseg("model", "download", "mindgrab", "--from", tmp_path / "model.bin")
     assert ended.code == 5
     assert "give the folder that contains them" in ended.err
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones(znormseg: Call) -> None:
+def test_an_unknown_name_is_refused_with_the_valid_ones(znormseg: Call) -> None:
     ended = znormseg("model", "download", "minegrab")
     assert ended.code == 5
     assert "available: starter, monai-brats, mindgrab" in ended.err
 
 
-def test_a_misspelt_name_given_as_run_is_refused_with_where_names_are_listed(tmp_path: Path, znormseg: Call) -> None:
+def test_a_misspelt_model_name_is_refused_with_how_to_list_names(tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("predict", "startr", tmp_path, tmp_path / "out")
     assert ended.code == 5
     assert "no published model has this name" in ended.err
@@ -153,7 +153,7 @@ def test_a_model_for_brain_masks_does_not_predict_tumours(znormseg: Call, phanto
     assert "skull stripping, not for segmentation" in ended.err
 
 
-def test_a_folder_comes_before_a_published_model_of_its_name(
+def test_a_folder_takes_precedence_over_a_published_model_of_the_same_name(
     znormseg: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ def test_a_folder_comes_before_a_published_model_of_its_name(
     assert "ZNORMSEG_OFFLINE" not in ended.err
 
 
-def test_the_weights_are_put_in_the_order_of_this_program(stand_in: Path, tmp_path: Path) -> None:
+def test_the_weights_are_rearranged_for_this_program(stand_in: Path, tmp_path: Path) -> None:
     from app.exporting.monai_import import in_our_order
     from app.runs import checkpoints
 
@@ -185,7 +185,7 @@ def test_weights_of_another_network_are_refused(stand_in: Path, tmp_path: Path, 
     assert list(folder.iterdir()) == []
 
 
-def test_a_file_of_the_users_becomes_a_model_that_predict_takes_by_name(
+def test_a_user_supplied_file_becomes_a_model_that_predict_accepts_by_name(
     stand_in: Path, case_1mm: Path, tmp_path: Path, folder: Path, znormseg: Call
 ) -> None:
     ended = znormseg("model", "download", "monai-brats", "--from", stand_in, "--json")

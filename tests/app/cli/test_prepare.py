@@ -50,7 +50,7 @@ def same_grid(label_map: Path, image: Path) -> bool:
     return one.shape == other.shape and np.array_equal(one.affine, other.affine)
 
 
-def test_differing_grids_stay_an_error_that_names_the_way_out(
+def test_differing_grids_are_an_error_with_a_remedy(
     scans: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, scans, tmp_path / "out")
@@ -67,7 +67,7 @@ def test_differing_grids_stay_an_error_that_names_the_way_out(
         (["--prepare", "--space", "t3"], "Invalid value for '--space'"),
     ],
 )
-def test_options_that_make_no_sense_are_a_wrong_command_line(
+def test_meaningless_options_are_a_usage_error(
     *, arguments: list[str], words: str, scans: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, scans, tmp_path / "out", *arguments)
@@ -75,7 +75,7 @@ def test_options_that_make_no_sense_are_a_wrong_command_line(
     assert words in ended.err
 
 
-def test_a_folder_that_is_not_empty_is_left_as_it_is(scans: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_non_empty_folder_is_left_unchanged(scans: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     ended = znormseg("data", "prepare", scans, tmp_path)
     assert ended.code == 3
@@ -83,21 +83,21 @@ def test_a_folder_that_is_not_empty_is_left_as_it_is(scans: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_file_for_the_folder_is_refused(scans: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_file_instead_of_the_folder_is_refused(scans: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "out").write_text("")
     ended = znormseg("data", "prepare", scans, tmp_path / "out")
     assert ended.code == 3
     assert "is a file" in ended.err
 
 
-def test_a_missing_contrast_is_named_and_nothing_written(scans: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_missing_contrast_is_named_and_nothing_is_written(scans: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("data", "prepare", tmp_path / "out", *options(scans)[:6])
     assert ended.code == 3
     assert "contrast flair is missing" in ended.err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_label_map_on_the_grid_of_no_scan_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_label_map_that_matches_no_scan_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = Path(shutil.copytree(phantoms / CASE, tmp_path / "in" / CASE))
     label = nib.Nifti1Image.from_filename(case / f"{CASE}_seg.nii.gz")
     nib.save(label.slicer[2:, :, :], case / f"{CASE}_seg.nii.gz")
@@ -106,7 +106,7 @@ def test_a_label_map_on_the_grid_of_no_scan_is_refused(phantoms: Path, tmp_path:
     assert "is not on the grid of any contrast" in ended.err
 
 
-def test_a_mask_that_cannot_be_had_is_refused_before_the_work(
+def test_an_unavailable_mask_is_refused_before_any_work(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, znormseg: Call
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -116,7 +116,7 @@ def test_a_mask_that_cannot_be_had_is_refused_before_the_work(
         assert f"--mask {mask}: {words}" in ended.err
 
 
-def test_a_head_that_keeps_its_skull_is_not_predicted(
+def test_a_head_with_skull_is_not_predicted(
     scans: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, znormseg: Call
 ) -> None:
     from data.native_space import to_brats
@@ -141,7 +141,9 @@ def test_a_head_that_keeps_its_skull_is_not_predicted(
     assert f"case {CASE}, contrast t1, prepared: the background is not 0" in ended.err
 
 
-def test_the_content_of_a_mask_decides_what_is_finished_and_its_place_does_not(tiny_run: Path, tmp_path: Path) -> None:
+def test_whether_a_case_is_finished_depends_on_the_content_of_its_mask_not_its_path(
+    tiny_run: Path, tmp_path: Path
+) -> None:
     from app.config.inference import PredictOptions
     from app.inference.batch.fingerprint import settings_of
     from app.inference.batch.native import Native
@@ -159,7 +161,7 @@ def test_the_content_of_a_mask_decides_what_is_finished_and_its_place_does_not(t
     assert settings("a.nii", b"one") == settings("b.nii", b"one") != settings("a.nii", b"other")
 
 
-def test_predict_does_not_look_at_a_label_map_and_data_prepare_does(scans: Path, tmp_path: Path) -> None:
+def test_predict_ignores_a_label_map_and_data_prepare_reads_it(scans: Path, tmp_path: Path) -> None:
     from app.inference.batch.native import Native
     from app.inference.batch.predict import PredictSteps
     from data.datasets.layouts import find_cases
@@ -181,7 +183,7 @@ def test_predict_does_not_look_at_a_label_map_and_data_prepare_does(scans: Path,
 
 
 @pytest.mark.slow
-def test_data_prepare_makes_a_case_of_scans(scans: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_data_prepare_makes_a_case_from_scans(scans: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("data", "prepare", scans, tmp_path / "out", "--n4", "--json")
     assert ended.code == 0, ended.err
     record = json.loads(ended.out)["cases"][0]
@@ -195,7 +197,7 @@ def test_data_prepare_makes_a_case_of_scans(scans: Path, tmp_path: Path, znormse
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("space", "ending"), [(None, "t1ce"), ("t2", "t2"), ("flair", "flair")])
-def test_the_answer_lies_on_the_grid_of_the_scan_that_was_named(
+def test_the_prediction_is_on_the_grid_of_the_named_scan(
     *, space: str | None, ending: str, scans: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     chosen = [] if space is None else ["--space", space]
@@ -222,7 +224,7 @@ def test_the_answer_lies_on_the_grid_of_the_scan_that_was_named(
 
 
 @pytest.mark.slow
-def test_a_scan_that_does_not_belong_is_named_and_the_others_go_on(
+def test_a_scan_that_does_not_belong_is_named_and_the_others_continue(
     scans: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     for name in (CASE, "BraTS2021_00001"):

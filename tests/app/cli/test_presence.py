@@ -29,7 +29,7 @@ def cross_validated(sensitivity: float) -> Any:
 
 
 @pytest.mark.parametrize(("sensitivity", "suggested"), [(0.95, True), (0.94, False)])
-def test_a_gate_is_suggested_only_where_it_hardly_misses_enhancing_tumour(sensitivity: float, suggested: bool) -> None:
+def test_a_gate_is_suggested_only_if_it_hardly_misses_enhancing_tumour(sensitivity: float, suggested: bool) -> None:
     *before, last = presence_lines(cross_validated(sensitivity))
     assert ("--presence CV/ensemble" in last) == suggested
     assert any("keeps 0.9" in line and ("do not use it" in line) != suggested for line in before)

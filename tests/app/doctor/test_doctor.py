@@ -190,7 +190,7 @@ def test_the_command_exits_with_7_if_it_finds_a_problem(
 
 
 @pytest.mark.parametrize(("shm_bytes", "level"), [(64 * 10**6, "note"), (None, "note"), (10**9, "ok")])
-def test_several_gpus_without_enough_shared_memory_are_a_warning(shm_bytes: int | None, level: str) -> None:
+def test_several_gpus_with_little_shared_memory_are_noted(shm_bytes: int | None, level: str) -> None:
     found = finding(replace(SEVERAL, shm_bytes=shm_bytes), "/dev/shm")
     assert (found.level, "--shm-size" in found.remedy) == (level, level == "note")
 

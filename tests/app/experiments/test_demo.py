@@ -30,13 +30,13 @@ def demo(tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return outcome
 
 
-def test_the_demo_leaves_all_it_promises(demo: DemoResult) -> None:
+def test_the_demo_leaves_every_promised_file(demo: DemoResult) -> None:
     names = {path.name for path in demo.page.parent.iterdir()}
     assert {"phantoms", "run", "predictions", "scores.csv", "index.html"} <= names
     assert len(find_cases(demo.page.parent / "phantoms")) == 5
 
 
-def test_the_held_out_case_has_no_part_in_training(demo: DemoResult) -> None:
+def test_the_held_out_case_is_not_used_in_training(demo: DemoResult) -> None:
     split = json.loads((demo.page.parent / "run" / "split.json").read_text())
     held_out = list(find_label_cases(demo.page.parent / "predictions"))
     assert [len(split["train"]), len(split["validation"]), len(held_out)] == [3, 1, 1]
@@ -63,21 +63,21 @@ def test_the_page_shows_the_case_and_loads_nothing_from_elsewhere(demo: DemoResu
     assert all(source.startswith("data:") for source in sources)
 
 
-def test_the_result_as_json_holds_scores_page_and_seconds(demo: DemoResult) -> None:
+def test_the_json_result_contains_scores_page_and_seconds(demo: DemoResult) -> None:
     content: Any = json.loads(json.dumps(demo.to_json(), allow_nan=False))
     assert set(content["regions"]) == {"WT", "TC", "ET"}
     assert content["page"] == str(demo.page)
     assert list(content["seconds"]) == ["phantoms", "training", "prediction", "evaluation"]
 
 
-def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_non_empty_folder_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "note.txt").touch()
     with pytest.raises(RunError, match="is not empty; give a new folder with --out"):
         run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "demo").touch()
     with pytest.raises(RunError, match="is a file; give a new folder with --out"):
         run_demo(tmp_path / "demo")

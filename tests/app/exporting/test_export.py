@@ -54,7 +54,9 @@ def logits_of(run: Path, windows: Any) -> Any:
         return load_model(run, exporting._RUNTIME).network(torch.from_numpy(windows)).numpy()
 
 
-def test_openvino_reads_the_export_and_gives_the_logits(exports: dict[str, Path], tiny_run: Path, windows: Any) -> None:
+def test_openvino_reads_the_export_and_gives_the_same_logits(
+    exports: dict[str, Path], tiny_run: Path, windows: Any
+) -> None:
     import openvino as ov
 
     compiled = ov.Core().compile_model(exports["openvino"] / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -62,7 +64,7 @@ def test_openvino_reads_the_export_and_gives_the_logits(exports: dict[str, Path]
     np.testing.assert_allclose(answer, logits_of(tiny_run, windows), atol=1e-4, rtol=1e-4)
 
 
-def test_onnx_runtime_reads_the_export_and_gives_the_logits(
+def test_onnx_runtime_reads_the_export_and_gives_the_same_logits(
     exports: dict[str, Path], tiny_run: Path, windows: Any
 ) -> None:
     import onnxruntime
@@ -72,14 +74,14 @@ def test_onnx_runtime_reads_the_export_and_gives_the_logits(
     np.testing.assert_allclose(answer, logits_of(tiny_run, windows), atol=1e-4, rtol=1e-4)
 
 
-def test_the_onnx_file_declares_an_operator_set_from_18(exports: dict[str, Path]) -> None:
+def test_the_onnx_file_declares_operator_set_18_or_later(exports: dict[str, Path]) -> None:
     import onnx
 
     assert min(entry.version for entry in onnx.load(exports["onnx"] / "model.onnx").opset_import) >= 18
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_file_of_an_export_is_in_its_sums(exports: dict[str, Path], name: str) -> None:
+def test_every_file_of_an_export_is_in_its_checksums(exports: dict[str, Path], name: str) -> None:
     files = {path.relative_to(exports[name]).as_posix() for path in exports[name].rglob("*") if path.is_file()}
     assert {*verify(exports[name]), "SHA256SUMS"} == files
 
@@ -95,7 +97,7 @@ def test_no_file_of_an_export_names_a_folder_of_this_machine(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_parity_is_on_record(exports: dict[str, Path], name: str) -> None:
+def test_parity_is_recorded(exports: dict[str, Path], name: str) -> None:
     parity = json.loads((exports[name] / "parity.json").read_text())
     assert 0 <= parity["mean_difference"] <= parity["largest_difference"]
     assert parity["largest_difference"] <= LARGEST_DIFFERENCE * max(1, parity["largest_logit"])
@@ -115,16 +117,14 @@ def test_a_changed_byte_of_an_export_is_refused(tiny_run: Path, tmp_path: Path, 
 
 
 @with_openvino
-def test_windows_of_a_case_that_is_named_are_compared(
-    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
-) -> None:
+def test_windows_of_a_given_case_are_compared(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = sorted(phantoms.iterdir())[0]
     ended = znormseg("export", tiny_run, tmp_path / "out", "--format", "openvino", "--case", case, "--json")
     assert json.loads(ended.out)["parity"]["source"] == f"case {case.name}"
 
 
 @with_openvino
-def test_an_export_that_differs_is_not_kept(
+def test_an_export_with_different_logits_is_not_kept(
     tiny_run: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other(*arguments: Any) -> Callable[[Any], Any]:
@@ -137,7 +137,7 @@ def test_an_export_that_differs_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_logit_that_is_no_number_is_a_difference() -> None:
+def test_a_nan_logit_counts_as_a_difference() -> None:
     window = torch.ones(1, 4, 2, 2, 2)
     network = torch.nn.Conv3d(4, 3, 1)
     parity = compare_outputs(
@@ -147,7 +147,7 @@ def test_a_logit_that_is_no_number_is_a_difference() -> None:
 
 
 @pytest.mark.parametrize("bias", [np.inf, -np.inf, np.nan])
-def test_an_original_whose_logits_are_not_finite_has_no_parity(bias: float) -> None:
+def test_an_original_with_non_finite_logits_has_no_parity(bias: float) -> None:
     network = torch.nn.Conv3d(4, 3, 1).eval()
     torch.nn.init.constant_(network.bias, bias)  # type: ignore[arg-type]
 
@@ -168,7 +168,7 @@ def test_labels_that_differ_in_too_many_voxels_are_refused() -> None:
         parity.require("an export")
 
 
-def test_without_the_extra_onnx_the_message_names_it(
+def test_without_the_onnx_extra_the_message_names_it(
     tiny_run: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else object())
@@ -179,7 +179,7 @@ def test_without_the_extra_onnx_the_message_names_it(
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnx"])
-def test_a_network_that_is_told_which_contrasts_are_there_takes_any_number_of_windows(
+def test_a_network_with_presence_channels_takes_any_number_of_windows(
     name: str, tmp_path: Path, windows: Any, request: pytest.FixtureRequest
 ) -> None:
     if name == "openvino":
@@ -202,7 +202,7 @@ def test_a_network_that_is_told_which_contrasts_are_there_takes_any_number_of_wi
         pytest.param({"architecture": "resenc", "residual_units": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_an_onnx_file_has_no_notes_of_the_exporter(settings: dict[str, Any], tmp_path: Path, windows: Any) -> None:
+def test_an_onnx_file_contains_no_exporter_metadata(settings: dict[str, Any], tmp_path: Path, windows: Any) -> None:
     pytest.importorskip("onnxscript")
     from app.exporting.formats import write_onnx
     from models import NetworkConfig, build_network
@@ -213,7 +213,7 @@ def test_an_onnx_file_has_no_notes_of_the_exporter(settings: dict[str, Any], tmp
     assert [note for note in (b"pkg.torch", b"stack_trace", b"site-packages", b".py") if note in content] == []
 
 
-def test_where_openvino_cannot_compute_its_format_is_refused_before_any_work(
+def test_if_openvino_does_not_work_its_format_is_refused_before_any_work(
     tiny_run: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
@@ -223,7 +223,7 @@ def test_where_openvino_cannot_compute_its_format_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_ensemble_is_refused_with_its_networks(tmp_path: Path, znormseg: Call) -> None:
+def test_an_ensemble_is_refused_naming_its_networks(tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "ensemble.json").write_text(json.dumps({"networks": [{"network": "fold-0"}, {"network": "fold-1"}]}))
     ended = znormseg("export", tmp_path, tmp_path / "out", "--format", "onnx")
     assert ended.code == 5
@@ -231,14 +231,14 @@ def test_an_ensemble_is_refused_with_its_networks(tmp_path: Path, znormseg: Call
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"networks": 1}', '{"networks": ["fold-0"]}'])
-def test_a_damaged_ensemble_is_an_error_of_the_folder(text: str, tmp_path: Path, znormseg: Call) -> None:
+def test_a_damaged_ensemble_is_an_error_that_names_the_folder(text: str, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "ensemble.json").write_text(text)
     ended = znormseg("export", tmp_path, tmp_path / "out", "--format", "onnx")
     assert ended.code == 5
     assert "ensemble.json: damaged" in ended.err
 
 
-def test_a_folder_that_holds_something_is_left_alone(tiny_run: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_non_empty_folder_is_left_unchanged(tiny_run: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "note.txt").write_text("mine")
     ended = znormseg("export", tiny_run, tmp_path, "--format", "openvino")
     assert ended.code == 5
@@ -257,7 +257,7 @@ def filled(out: Path, before_the_end: Callable[[], object] = lambda: None) -> No
         before_the_end()
 
 
-def test_the_working_directory_takes_an_export_and_stays_the_same_folder(
+def test_an_export_into_the_working_directory_keeps_the_same_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -267,7 +267,7 @@ def test_the_working_directory_takes_an_export_and_stays_the_same_folder(
     assert tmp_path.stat().st_ino == before
 
 
-def test_a_link_to_an_empty_folder_takes_an_export_and_stays_a_link(tmp_path: Path) -> None:
+def test_an_export_to_a_symlinked_empty_folder_keeps_the_symlink(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")
     filled(tmp_path / "link")
@@ -275,20 +275,22 @@ def test_a_link_to_an_empty_folder_takes_an_export_and_stays_a_link(tmp_path: Pa
     assert whole(tmp_path / "folder")
 
 
-def test_a_block_that_fails_leaves_an_empty_folder_empty(tmp_path: Path) -> None:
+def test_a_failure_leaves_an_empty_folder_empty(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         filled(tmp_path, lambda: 1 / 0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_put_into_the_folder_meanwhile_is_left_alone(tmp_path: Path) -> None:
+def test_files_added_to_the_folder_in_the_meantime_are_kept(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not empty"):
         filled(tmp_path, lambda: (tmp_path / "model.bin").write_text("mine"))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("verb", ["export", "import"])
-def test_a_place_where_no_folder_can_be_is_refused_before_any_work(verb: str, tmp_path: Path, znormseg: Call) -> None:
+def test_a_path_where_no_folder_can_be_created_is_refused_before_any_work(
+    verb: str, tmp_path: Path, znormseg: Call
+) -> None:
     (tmp_path / "link").symlink_to("gone")
     (tmp_path / "file").write_text("mine")
     words = {"export": ("export", "runs/RUN"), "import": ("model", "import", "BUNDLE")}[verb]
@@ -302,7 +304,7 @@ def test_an_unknown_format_is_a_usage_error(tiny_run: Path, tmp_path: Path, znor
     assert znormseg("export", tiny_run, tmp_path / "out", "--format", "tensorrt").code == 2
 
 
-def test_preprocessing_says_what_the_run_works_with(exports: dict[str, Path], tiny_run: Path) -> None:
+def test_the_preprocessing_file_describes_the_input_of_the_run(exports: dict[str, Path], tiny_run: Path) -> None:
     said = json.loads((exports["onnx"] / "preprocessing.json").read_text())
     model = load_model(tiny_run, exporting._RUNTIME)
     assert said["input"]["contrasts"] == ["t1", "t1c", "t2", "flair"]

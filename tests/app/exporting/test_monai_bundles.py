@@ -152,13 +152,13 @@ def test_monai_verifies_the_metadata(bundle: Path, tmp_path: Path) -> None:
     assert "verified with no error" in monai_bundle("verify_metadata", *files, cwd=bundle)
 
 
-def test_the_metadata_has_what_the_specification_asks_for(bundle: Path) -> None:
+def test_the_metadata_has_everything_the_specification_requires(bundle: Path) -> None:
     import jsonschema
 
     jsonschema.validate(json.loads((bundle / "configs" / "metadata.json").read_text()), _SPECIFIED)
 
 
-def test_the_weights_of_a_bundle_are_tensors_alone(bundle: Path) -> None:
+def test_the_weights_of_a_bundle_are_only_tensors(bundle: Path) -> None:
     state = torch.load(bundle / "models" / "model.pt", weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values())
 
@@ -167,7 +167,9 @@ def test_the_weights_of_a_bundle_are_tensors_alone(bundle: Path) -> None:
     ("section", "key", "value", "said"),
     [("network", "architecture", "resenc", "resenc"), ("augment", "contrast_dropout", 0.5, "contrast_dropout")],
 )
-def test_what_monai_does_not_have_is_refused(tiny_run: Path, section: str, key: str, value: Any, said: str) -> None:
+def test_settings_that_monai_does_not_support_are_refused(
+    tiny_run: Path, section: str, key: str, value: Any, said: str
+) -> None:
     from app.exporting.monai_export import require_monai
 
     model = load_model(tiny_run, _RUNTIME)
@@ -247,7 +249,7 @@ def masks_by_monai(zoo: Path, case: Path) -> Any:
     return np.stack([whole, core, enhancing])
 
 
-def test_an_imported_bundle_predicts_the_masks_of_monai(zoo: Path, case_1mm: Path, tmp_path: Path) -> None:
+def test_an_imported_bundle_predicts_the_same_masks_as_monai(zoo: Path, case_1mm: Path, tmp_path: Path) -> None:
     import_bundle(zoo, tmp_path / "model")
     predict(load_model(tmp_path / "model", _RUNTIME), find_cases(case_1mm), tmp_path / "out", runtime=_RUNTIME)
     ours = label_map(tmp_path / "out" / f"{case_1mm.name}.nii.gz")
@@ -257,7 +259,7 @@ def test_an_imported_bundle_predicts_the_masks_of_monai(zoo: Path, case_1mm: Pat
     assert np.count_nonzero(ours != theirs) <= MASK_DISAGREEMENT * np.count_nonzero(brain)
 
 
-def test_the_command_makes_a_folder_that_verify_and_predict_take(
+def test_the_command_creates_a_folder_that_verify_and_predict_accept(
     zoo: Path, case_1mm: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     assert znormseg("model", "import", zoo, tmp_path / "model").code == 0
@@ -299,7 +301,7 @@ def change(path: Path, edit: Callable[[Any], None]) -> None:
         ),
     ],
 )
-def test_another_bundle_is_refused_and_the_one_that_is_understood_named(
+def test_an_unsupported_bundle_is_refused_naming_the_supported_one(
     changed: Path, tmp_path: Path, file: str, edit: Callable[[Any], None], said: str
 ) -> None:
     change(changed / "configs" / f"{file}.json", edit)
@@ -309,7 +311,7 @@ def test_another_bundle_is_refused_and_the_one_that_is_understood_named(
     assert not (tmp_path / "model").exists()
 
 
-def test_weights_that_are_a_pickle_are_refused_and_not_executed(changed: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_pickled_weights_are_refused_and_not_executed(changed: Path, tmp_path: Path, znormseg: Call) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "was executed"),)
@@ -336,7 +338,7 @@ def test_a_bundle_without_weights_says_how_to_get_them(changed: Path, tmp_path: 
     ],
     ids=["a text", "a number for a vector"],
 )
-def test_a_file_that_holds_no_such_weights_is_refused(changed: Path, tmp_path: Path, content: Any, said: str) -> None:
+def test_a_file_without_suitable_weights_is_refused(changed: Path, tmp_path: Path, content: Any, said: str) -> None:
     if isinstance(content, bytes):
         (changed / "models" / "model.pt").write_bytes(content)
     else:
@@ -345,7 +347,7 @@ def test_a_file_that_holds_no_such_weights_is_refused(changed: Path, tmp_path: P
         import_bundle(changed, tmp_path / "model")
 
 
-def test_weights_that_are_not_finite_are_refused(changed: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused(changed: Path, tmp_path: Path) -> None:
     weights = torch.load(changed / "models" / "model.pt", weights_only=True)
     weights["convInit.conv.weight"][0] = torch.nan
     torch.save(weights, changed / "models" / "model.pt")
@@ -360,7 +362,7 @@ def test_weights_of_another_network_are_refused(changed: Path, tmp_path: Path) -
         import_bundle(changed, tmp_path / "model")
 
 
-def test_training_refuses_to_leave_the_volume_uncropped(
+def test_training_without_cropping_is_refused(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     options = [word for setting in [*tiny_settings, "inference.crop=false"] for word in ("--set", setting)]

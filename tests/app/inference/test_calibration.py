@@ -61,26 +61,26 @@ def test_a_temperature_undoes_a_known_distortion(sharpened: float) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(temperature=st.floats(0.2, 5), seed=st.integers(0, 1000))
-def test_the_likelihood_of_the_counts_is_that_of_the_voxels(temperature: float, seed: int) -> None:
+def test_the_likelihood_of_the_counts_equals_that_of_the_voxels(temperature: float, seed: int) -> None:
     centred, right = drawn(2.0, seed=seed, count=2000)
     logits = 2 * np.arctanh(2 * centred[0].astype(np.float64)) / temperature
     voxels = np.where(right[0], np.logaddexp(0, -logits), np.logaddexp(0, logits)).mean()
     assert negative_log_likelihood(count_logits(centred, right)[0], temperature) == pytest.approx(voxels, rel=2e-3)
 
 
-def test_the_fitted_temperature_has_the_least_likelihood_loss_of_all() -> None:
+def test_the_fitted_temperature_minimises_the_negative_log_likelihood() -> None:
     counts = count_logits(*drawn(2.0))[0]
     least = negative_log_likelihood(counts, fit_temperature(counts))
     assert all(least <= negative_log_likelihood(counts, t) for t in np.linspace(0.1, 10, 200))
 
 
-def test_where_nothing_is_in_a_region_its_temperature_is_1() -> None:
+def test_an_empty_region_has_a_temperature_of_1() -> None:
     centred, right = drawn(3.0, count=100)
     assert fit_temperature(count_logits(centred, np.zeros_like(right))[0]) == 1.0
     assert fit_temperature(no_counts()[0]) == 1.0
 
 
-def test_temperatures_of_1_leave_the_very_array() -> None:
+def test_temperatures_of_1_return_the_same_array() -> None:
     centred = drawn(1.0, count=10)[0]
     assert Calibration(temperature=(1.0, 1.0, 1.0)).apply(centred) is centred
     assert NOT_CALIBRATED.apply(centred) is centred
@@ -88,7 +88,7 @@ def test_temperatures_of_1_leave_the_very_array() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(temperature=st.floats(0.1, 10), values=st.lists(st.floats(-0.5, 0.5, width=32), min_size=3, max_size=30))
-def test_a_temperature_keeps_sides_order_and_what_is_sure(temperature: float, values: list[float]) -> None:
+def test_a_temperature_keeps_decisions_order_and_certainty(temperature: float, values: list[float]) -> None:
     given_ = np.array([0.0, -0.5, 0.5, *sorted(values)], dtype=np.float32)
     centred = np.stack([given_] * 3).reshape(3, -1, 1, 1)
     found = Calibration(temperature=(temperature,) * 3).apply(centred)[0].ravel()
@@ -107,26 +107,26 @@ def test_a_temperature_divides_the_logit() -> None:
 # ECE and Brier score
 
 
-def test_the_calibration_error_by_hand() -> None:
+def test_the_calibration_error_equals_a_hand_computed_one() -> None:
     # Bins of 1/15: 0.10 and 0.12 share one (no hit), 0.90 and 0.92 another (one hit of two).
     found = reliability(np.array([0.10, 0.12, 0.90, 0.92]), np.array([False, False, True, False]))
     assert found.ece == pytest.approx((abs(0.22 - 0) + abs(1.82 - 1)) / 4)
     assert found.brier == pytest.approx((0.01 + 0.0144 + 0.01 + 0.8464) / 4)
 
 
-def test_what_is_calibrated_has_no_error() -> None:
+def test_calibrated_probabilities_have_no_calibration_error() -> None:
     shares = np.repeat([0.1, 0.5, 0.9], 10)
     right = np.concatenate([np.arange(10) < hits for hits in (1, 5, 9)])
     assert reliability(shares, right).ece == pytest.approx(0, abs=1e-12)
 
 
-def test_the_borders_0_and_1_are_counted() -> None:
+def test_probabilities_of_exactly_0_and_1_are_counted() -> None:
     found = reliability(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]))
     assert found.voxels.tolist() == [1, *[0] * 13, 2]
     assert found.ece == pytest.approx(1 / 3)
 
 
-def test_counts_of_logits_have_the_errors_of_the_voxels() -> None:
+def test_logit_counts_give_the_errors_of_the_voxels() -> None:
     centred, right = drawn(2.0)
     centred[0, :500] = -0.5
     found = under_temperature(count_logits(centred, right)[0], 1.0)
@@ -136,7 +136,7 @@ def test_counts_of_logits_have_the_errors_of_the_voxels() -> None:
     assert found.brier == pytest.approx(voxels.brier, abs=1e-4)
 
 
-def test_errors_of_two_sets_are_those_of_both_together() -> None:
+def test_errors_of_two_merged_sets_equal_those_of_the_union() -> None:
     centred, right = drawn(1.5, count=400)
     shares = centred[0] + 0.5
     both = reliability(shares[:100], right[0][:100]) + reliability(shares[100:], right[0][100:])
@@ -144,7 +144,7 @@ def test_errors_of_two_sets_are_those_of_both_together() -> None:
     assert both.brier == pytest.approx(reliability(shares, right[0]).brier)
 
 
-def test_the_box_reaches_10_mm_beyond_the_tumour_and_ends_at_the_grid() -> None:
+def test_the_box_extends_10_mm_beyond_the_tumour_but_not_beyond_the_grid() -> None:
     marked = np.zeros((40, 40, 8), dtype=bool)
     marked[20:22, 3, 4] = True
     box = box_around(marked, (1.0, 2.0, 4.0))
@@ -156,7 +156,7 @@ def test_the_box_reaches_10_mm_beyond_the_tumour_and_ends_at_the_grid() -> None:
 # Intervals
 
 
-def test_intervals_cover_what_they_promise_of_exchangeable_cases() -> None:
+def test_intervals_have_their_stated_coverage_for_exchangeable_cases() -> None:
     draw = np.random.default_rng(0)
     covered = []
     for _ in range(2000):
@@ -167,7 +167,7 @@ def test_intervals_cover_what_they_promise_of_exchangeable_cases() -> None:
     assert 0.89 <= np.mean(covered) <= 0.93  # 19 / 21 are expected
 
 
-def test_fewer_than_nine_cases_have_no_interval_of_90_percent() -> None:
+def test_fewer_than_nine_cases_give_no_90_percent_interval() -> None:
     assert fewest_cases(0.9) == 9
     assert conformal_quantile([1.0] * 8, 0.9) is None
     assert conformal_quantile([1.0] * 8 + [3.0], 0.9) == 3.0
@@ -175,7 +175,7 @@ def test_fewer_than_nine_cases_have_no_interval_of_90_percent() -> None:
 
 
 @given(volume=st.floats(0, 500), truth=st.floats(0, 500))
-def test_an_interval_holds_the_volume_and_every_truth_within_its_error(volume: float, truth: float) -> None:
+def test_an_interval_contains_the_volume_and_every_truth_within_its_error(volume: float, truth: float) -> None:
     bound = log_ratio(truth, volume)
     low, high = VolumeErrors(level=0.9, offset_ml=1.0, log_ratio=(bound, 0.0, 0.0)).interval_ml(0, volume)
     assert 0 <= low <= volume + 1e-9
@@ -183,12 +183,12 @@ def test_an_interval_holds_the_volume_and_every_truth_within_its_error(volume: f
     assert low - 1e-9 <= truth <= high + 1e-9
 
 
-def test_an_empty_region_has_an_interval_too() -> None:
+def test_an_empty_region_also_has_an_interval() -> None:
     low, high = VolumeErrors(level=0.9, offset_ml=1.0, log_ratio=(math.log(3), 0.0, 0.0)).interval_ml(0, 0.0)
     assert (low, high) == (0, pytest.approx(2))
 
 
-def test_a_case_without_all_contrasts_has_no_interval_and_is_told_why() -> None:
+def test_an_incomplete_case_has_no_interval_and_the_reason_is_reported() -> None:
     known = Calibration(
         temperature=(1.0, 1.0, 1.0), volume=VolumeErrors(level=0.9, offset_ml=1.0, log_ratio=(1.0, 1.0, 1.0))
     )
@@ -226,7 +226,7 @@ def many() -> Summary:
     return summary({f"case{n:02}": (99 + n, 99.0) for n in range(18)}, 3)
 
 
-def test_what_is_reported_is_found_without_the_fold(many: Summary) -> None:
+def test_the_reported_error_is_estimated_without_the_fold(many: Summary) -> None:
     counts = {case: count_logits(*drawn(1.5 + (n % 3), seed=n, count=500)) for n, case in enumerate(many.cases)}
     found = calibrate(counts, many, many).regions["TC"]
     for fold, temperature in enumerate(found.left_out):
@@ -250,13 +250,13 @@ def test_a_temperature_that_does_not_help_other_folds_is_not_kept(many: Summary)
     assert found.temperature == 1.0
 
 
-def test_intervals_come_from_the_volumes_and_coverage_from_the_other_folds(many: Summary) -> None:
+def test_intervals_use_all_volumes_and_coverage_the_other_folds(many: Summary) -> None:
     found = calibrate(dict.fromkeys(many.cases, no_counts()), many, many).regions["WT"]
     assert found.log_ratio["plain"] == pytest.approx(math.log(1.17))  # the 18th of 18: ceil(19 x 0.9)
     assert found.coverage == 17 / 18  # the largest error is above all of the other folds'
 
 
-def test_the_ensemble_reads_what_is_written(many: Summary) -> None:
+def test_the_ensemble_reads_the_written_calibration(many: Summary) -> None:
     counts = {case: count_logits(*drawn(2.0, seed=n, count=500)) for n, case in enumerate(many.cases)}
     found = calibrate(counts, many, many)
     read = calibration_from_json(json.loads(json.dumps(found.ensemble_json())), postprocessed=True)
@@ -265,7 +265,7 @@ def test_the_ensemble_reads_what_is_written(many: Summary) -> None:
     assert read.volume.log_ratio == tuple(found.regions[region].log_ratio["postprocessed"] for region in REGIONS)
 
 
-def test_few_cases_give_temperatures_and_no_interval() -> None:
+def test_few_cases_give_temperatures_but_no_interval() -> None:
     few = summary({f"case{n}": (10.0, 10.0) for n in range(8)}, 2)
     counts = {case: count_logits(*drawn(2.0, seed=n, count=500)) for n, case in enumerate(few.cases)}
     found = calibrate(counts, few, few)
@@ -305,7 +305,7 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "predicted", tmp_path / "expected"
 
 
-def test_evaluate_tells_errors_of_probabilities_where_there_are_some(sides: tuple[Path, Path], znormseg: Call) -> None:
+def test_evaluate_reports_calibration_errors_if_probabilities_exist(sides: tuple[Path, Path], znormseg: Call) -> None:
     out = sides[0].parent / "scores.csv"
     told = json.loads(znormseg("evaluate", *sides, "--json", "--out", out).out)
     found = told["calibration"]
@@ -345,7 +345,7 @@ def test_probabilities_of_an_earlier_label_map_are_not_scored_with_a_later_one(
         assert ("calibration" in json.loads(ended.out)) is counted
 
 
-def test_without_probabilities_evaluate_says_nothing_of_them(sides: tuple[Path, Path], znormseg: Call) -> None:
+def test_without_probabilities_evaluate_does_not_mention_them(sides: tuple[Path, Path], znormseg: Call) -> None:
     assert "WT ECE" in znormseg("evaluate", *sides).out
     (sides[0] / "a_probabilities.nii.gz").unlink()
     assert "calibration" not in json.loads(znormseg("evaluate", *sides, "--json").out)
@@ -360,7 +360,7 @@ def test_without_probabilities_evaluate_says_nothing_of_them(sides: tuple[Path, 
         (np.full((20, 18, 10), 0.5), AFFINE, "volume 0 (from 0) of a 4D file is needed"),
     ],
 )
-def test_a_file_that_holds_no_probabilities_fails_its_case(
+def test_a_file_without_valid_probabilities_fails_its_case(
     voxels: Any, affine: Any, told: str, sides: tuple[Path, Path], znormseg: Call
 ) -> None:
     nib.save(nib.Nifti1Image(voxels.astype(np.float32), affine), sides[0] / "a_probabilities.nii.gz")
@@ -369,7 +369,7 @@ def test_a_file_that_holds_no_probabilities_fails_its_case(
     assert told in ended.err
 
 
-def test_a_case_without_any_tumour_has_no_error_of_probabilities() -> None:
+def test_a_case_without_any_tumour_has_no_calibration_error() -> None:
     empty = np.zeros((4, 4, 4), dtype=np.uint8)
     assert case_reliability(np.full((3, 4, 4, 4), 0.4, dtype=np.float32), empty, (1.0, 1.0, 1.0)) is None
     marked = from_regions(np.ones((3, 4, 4, 4), dtype=bool))

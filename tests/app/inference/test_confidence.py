@@ -83,14 +83,12 @@ def read(path: Path) -> Any:
 # Mirrored images
 
 
-def test_there_are_eight_ways_to_mirror_a_volume_and_the_first_is_none() -> None:
+def test_a_volume_has_eight_mirrorings_and_the_first_is_the_identity() -> None:
     assert len(set(FLIPS)) == 8
     assert FLIPS[0] == ()
 
 
-def test_a_network_that_looks_at_single_voxels_says_the_same_with_mirrored_images(
-    model: Model, prepared: Prepared
-) -> None:
+def test_a_voxelwise_network_gives_the_same_result_with_mirrored_images(model: Model, prepared: Prepared) -> None:
     pointwise = pointwise_model(model)
     once, eightfold = (
         predict_answer(pointwise, prepared, RUNTIME, options=PredictOptions(tta=tta)).centred for tta in (False, True)
@@ -99,7 +97,9 @@ def test_a_network_that_looks_at_single_voxels_says_the_same_with_mirrored_image
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_the_answer_for_a_mirrored_case_is_the_mirrored_answer(axis: int, model: Model, prepared: Prepared) -> None:
+def test_the_prediction_of_a_mirrored_case_is_the_mirrored_prediction(
+    axis: int, model: Model, prepared: Prepared
+) -> None:
     mirrored = replace(
         prepared,
         image=np.ascontiguousarray(np.flip(prepared.image, axis + 1)),
@@ -112,7 +112,7 @@ def test_the_answer_for_a_mirrored_case_is_the_mirrored_answer(axis: int, model:
     assert not np.allclose(one, other, atol=1e-2)
 
 
-def test_the_answer_is_the_mean_over_mirrored_images(model: Model, prepared: Prepared) -> None:
+def test_the_prediction_is_the_mean_over_mirrored_images(model: Model, prepared: Prepared) -> None:
     answers = []
     for axes in FLIPS:
         seen = replace(
@@ -126,7 +126,7 @@ def test_the_answer_is_the_mean_over_mirrored_images(model: Model, prepared: Pre
     assert (eightfold.networks, eightfold.flips, len(eightfold.volumes_voxels)) == (1, 8, 8)
 
 
-def test_disagreement_is_the_entropy_that_single_answers_lack(model: Model, prepared: Prepared) -> None:
+def test_disagreement_is_the_entropy_beyond_that_of_single_predictions(model: Model, prepared: Prepared) -> None:
     answer = predict_answer(model, prepared, RUNTIME, options=PredictOptions(tta=True, uncertainty=True))
     assert answer.disagreement is not None
     assert 0 < answer.disagreement.max() <= 1
@@ -134,14 +134,14 @@ def test_disagreement_is_the_entropy_that_single_answers_lack(model: Model, prep
     assert not answer.disagreement[:, ~prepared.brain].any()
 
 
-def test_answers_that_are_equal_do_not_disagree(model: Model, prepared: Prepared) -> None:
+def test_equal_predictions_do_not_disagree(model: Model, prepared: Prepared) -> None:
     even = replace(prepared, image=np.broadcast_to(prepared.brain, prepared.image.shape).astype(np.float32))
     answer = predict_answer(pointwise_model(model), even, RUNTIME, options=PredictOptions(tta=True, uncertainty=True))
     assert answer.disagreement is not None
     assert answer.disagreement.max() < 1e-5
 
 
-def test_one_answer_has_no_disagreement(model: Model, prepared: Prepared) -> None:
+def test_a_single_prediction_has_no_disagreement(model: Model, prepared: Prepared) -> None:
     answer = predict_answer(model, prepared, RUNTIME, options=PredictOptions(uncertainty=True))
     assert answer.disagreement is None
     assert len(answer.volumes_voxels) == 1
@@ -159,27 +159,27 @@ def test_nested_probabilities_of_a_smaller_region_are_never_larger(centred: Any)
 
 
 @given(CENTRED, st.integers(1, 255))
-def test_a_stored_probability_is_above_a_threshold_exactly_where_it_was(centred: Any, threshold: int) -> None:
+def test_storing_a_probability_keeps_its_side_of_every_threshold(centred: Any, threshold: int) -> None:
     stored = probability_steps(centred)
     assert np.abs(stored / SHARE_STEPS - 0.5 - centred.astype(np.float64)).max() <= 1 / SHARE_STEPS
     assert ((stored / SHARE_STEPS > threshold / 256) == (centred > np.float32(threshold / 256 - 0.5))).all()
 
 
 @given(CENTRED)
-def test_entropy_lies_between_0_and_1_bit_and_does_not_care_which_side(centred: Any) -> None:
+def test_entropy_is_symmetric_and_between_0_and_1_bit(centred: Any) -> None:
     bits = entropy_bits(centred)
     assert (bits >= 0).all()
     assert (bits <= 1).all()
     assert np.allclose(bits, entropy_bits(-centred), atol=1e-6)
 
 
-def test_entropy_is_nothing_where_the_answer_is_sure_and_most_at_one_half() -> None:
+def test_entropy_is_zero_at_certainty_and_largest_at_one_half() -> None:
     assert bit_steps(entropy_bits(np.array([-0.5, 0.5, 0.0], dtype=np.float32))).tolist() == [0, 0, SHARE_STEPS]
 
 
 @settings(max_examples=20)
 @given(CENTRED)
-def test_soft_volumes_are_nested_and_no_larger_than_the_volume(centred: Any) -> None:
+def test_soft_volumes_are_nested_and_bounded_by_the_volume(centred: Any) -> None:
     shares = nested(centred)
     found = measure_confidence(
         shares > 0,
@@ -197,7 +197,7 @@ def test_soft_volumes_are_nested_and_no_larger_than_the_volume(centred: Any) -> 
     assert found.volume_range_ml is None
 
 
-def test_components_and_the_range_over_answers_are_told() -> None:
+def test_components_and_the_range_over_predictions_are_reported() -> None:
     masks = np.zeros((3, 5, 1, 1), dtype=bool)
     masks[0, [0, 1, 2, 4]] = True
     found = measure_confidence(
@@ -219,7 +219,7 @@ def test_components_and_the_range_over_answers_are_told() -> None:
 # Files
 
 
-def test_probabilities_cut_at_one_half_give_the_label_map(outcome: Path) -> None:
+def test_probabilities_thresholded_at_one_half_give_the_label_map(outcome: Path) -> None:
     shares, labels = read(outcome / f"{CASE}_probabilities.nii.gz"), read(outcome / f"{CASE}.nii.gz")
     assert labels.any()
     assert np.array_equal(shares[..., 0] > 0.5, labels > 0)
@@ -227,7 +227,7 @@ def test_probabilities_cut_at_one_half_give_the_label_map(outcome: Path) -> None
     assert np.array_equal(shares[..., 2] > 0.5, labels == 4)
 
 
-def test_probabilities_in_a_file_are_nested_and_those_of_other_readers_too(outcome: Path) -> None:
+def test_probabilities_in_a_file_are_nested_for_every_reader(outcome: Path) -> None:
     import SimpleITK as sitk  # noqa: N813
 
     path = outcome / f"{CASE}_probabilities.nii.gz"
@@ -243,7 +243,7 @@ def test_uncertainty_is_the_entropy_of_the_probabilities_in_the_file(outcome: Pa
 
 
 @pytest.mark.parametrize("name", ["probabilities", "uncertainty", "disagreement"])
-def test_files_beside_a_label_map_lie_on_its_grid(name: str, outcome: Path, phantoms: Path) -> None:
+def test_files_next_to_a_label_map_are_on_its_grid(name: str, outcome: Path, phantoms: Path) -> None:
     image: Any = nib.load(outcome / f"{CASE}_{name}.nii.gz")
     reference: Any = nib.load(phantoms / CASE / f"{CASE}_t1ce.nii.gz")
     assert image.shape == (*reference.shape, 3)
@@ -254,13 +254,13 @@ def test_files_beside_a_label_map_lie_on_its_grid(name: str, outcome: Path, phan
     assert b"not a medical device" in image.header["descrip"].item()
 
 
-def test_nothing_half_written_is_left(outcome: Path) -> None:
+def test_no_partial_file_is_left(outcome: Path) -> None:
     endings = [".json", ".nii.gz", "_disagreement.nii.gz", "_probabilities.nii.gz", "_uncertainty.nii.gz"]
     wanted = [*(CASE + ending for ending in endings), "manifest.json"]
     assert sorted(path.name for path in outcome.iterdir() if not path.name.startswith(".")) == sorted(wanted)
 
 
-def test_the_json_tells_of_files_and_answers(outcome: Path) -> None:
+def test_the_json_lists_files_and_predictions(outcome: Path) -> None:
     content = json.loads((outcome / f"{CASE}.json").read_text())
     assert content["files"]["disagreement"] == str(outcome / f"{CASE}_disagreement.nii.gz")
     assert (content["answers"]["networks"], content["answers"]["flips"]) == (1, 8)
@@ -268,7 +268,7 @@ def test_the_json_tells_of_files_and_answers(outcome: Path) -> None:
     assert least < largest
 
 
-def test_evaluate_takes_the_label_maps_and_not_the_files_beside_them(
+def test_evaluate_reads_the_label_maps_and_not_the_files_next_to_them(
     outcome: Path, phantoms: Path, znormseg: Call
 ) -> None:
     ended = znormseg("evaluate", outcome, phantoms, "--json")
@@ -277,7 +277,7 @@ def test_evaluate_takes_the_label_maps_and_not_the_files_beside_them(
     assert json.loads(ended.out)["missing_references"] == []
 
 
-def test_uncertainty_of_one_answer_is_its_entropy_and_that_is_said(
+def test_uncertainty_of_one_prediction_is_its_entropy_and_reported_as_that(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path, "--uncertainty", "--json")
@@ -289,7 +289,7 @@ def test_uncertainty_of_one_answer_is_its_entropy_and_that_is_said(
     assert content["answers"]["volume_range_ml"] is None
 
 
-def test_an_image_where_probabilities_would_be_written_is_not_overwritten(
+def test_an_image_at_the_path_of_the_probabilities_is_not_overwritten(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     place = tmp_path / f"{CASE}_probabilities.nii.gz"

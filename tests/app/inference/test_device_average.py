@@ -46,7 +46,7 @@ def same(one: MeanAnswer, other: MeanAnswer) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("uncertainty", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_tensors_are_averaged_as_arrays_are(count: int, uncertainty: bool, dtype: Any) -> None:
+def test_tensors_are_averaged_like_arrays(count: int, uncertainty: bool, dtype: Any) -> None:
     arrays = ArrayMean(BRAIN, THRESHOLDS, uncertainty=uncertainty)
     tensors = TensorMean(BRAIN, THRESHOLDS, uncertainty=uncertainty)
     for answer in answers(count):
@@ -58,7 +58,7 @@ def test_tensors_are_averaged_as_arrays_are(count: int, uncertainty: bool, dtype
         np.testing.assert_allclose(tensors.result().centred, arrays.result().centred, atol=2e-3)
 
 
-def test_the_mean_of_equal_answers_is_their_value() -> None:
+def test_the_mean_of_equal_predictions_is_their_value() -> None:
     tensors = TensorMean(np.ones_like(BRAIN), THRESHOLDS, uncertainty=False)
     (answer,) = answers(1)
     for _ in range(5):
@@ -67,7 +67,7 @@ def test_the_mean_of_equal_answers_is_their_value() -> None:
 
 
 @pytest.mark.parametrize("uncertainty", [False, True])
-def test_a_mean_that_leaves_the_device_goes_on_in_numpy(uncertainty: bool) -> None:
+def test_a_mean_moved_off_the_device_continues_in_numpy(uncertainty: bool) -> None:
     arrays = ArrayMean(BRAIN, THRESHOLDS, uncertainty=uncertainty)
     tensors = TensorMean(BRAIN, THRESHOLDS, uncertainty=uncertainty)
     for answer in answers(3):
@@ -79,7 +79,7 @@ def test_a_mean_that_leaves_the_device_goes_on_in_numpy(uncertainty: bool) -> No
     same(moved.result(), arrays.result())
 
 
-def test_tensors_are_downloaded_in_one_piece_with_their_types() -> None:
+def test_tensors_are_downloaded_in_one_piece_with_their_dtypes() -> None:
     tensors = [torch.arange(6).reshape(2, 3), torch.rand(4, 2).T, torch.tensor([1, 255], dtype=torch.uint8)]
     for tensor, array in zip(tensors, fetch_tensors(tensors), strict=True):
         assert np.array_equal(array, tensor.numpy())
@@ -96,7 +96,7 @@ def test_a_volume_is_uploaded_once_and_mirrored_on_the_device(monkeypatch: pytes
     assert len(uploads) == 1
 
 
-def test_logits_become_the_answer_that_numpy_makes_of_them() -> None:
+def test_logits_become_the_same_prediction_as_with_numpy() -> None:
     logits = np.random.default_rng(0).normal(0, 4, (3, 4, 5, 6)).astype(np.float32)
     found = tensor_answer(torch.from_numpy(logits.copy()), (7, 5, 6), (1, 3)).numpy()
     at_full_size = resized(logits, (7, 5, 6))
@@ -149,7 +149,7 @@ def test_a_case_at_another_spacing_has_the_same_label_map(
     like(predict_answer(coarse, prepared, RUNTIME, options=PredictOptions(tta=True)), expected, coarse, prepared)
 
 
-def test_when_memory_runs_out_after_some_answers_the_mean_moves_to_the_cpu(
+def test_running_out_of_memory_between_predictions_moves_the_mean_to_the_cpu(
     model: Model, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = predict_answer(model, prepared, RUNTIME, options=PredictOptions(tta=True))
@@ -159,7 +159,7 @@ def test_when_memory_runs_out_after_some_answers_the_mean_moves_to_the_cpu(
 
 
 @pytest.mark.parametrize("failing", [1, 3, 9], ids=["first answer", "third answer", "result"])
-def test_when_memory_runs_out_while_answers_are_averaged_the_mean_moves_to_the_cpu(
+def test_running_out_of_memory_while_averaging_moves_the_mean_to_the_cpu(
     failing: int, model: Model, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = PredictOptions(tta=True, uncertainty=True)

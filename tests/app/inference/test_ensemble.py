@@ -87,14 +87,14 @@ def other_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_an_ensemble_of_equal_runs_says_what_the_run_says(
+def test_an_ensemble_of_equal_runs_predicts_like_the_run(
     count: int, tiny_run: Path, phantoms: Path, tmp_path: Path
 ) -> None:
     ensemble = packed(tmp_path / "ensemble", *[tiny_run] * count)
     assert np.array_equal(centred(ensemble, phantoms), centred(tiny_run, phantoms))
 
 
-def test_an_ensemble_says_the_mean_of_its_networks(
+def test_an_ensemble_predicts_the_mean_of_its_networks(
     tiny_run: Path, other_run: Path, phantoms: Path, tmp_path: Path
 ) -> None:
     ensemble = packed(tmp_path / "ensemble", tiny_run, other_run)
@@ -102,7 +102,7 @@ def test_an_ensemble_says_the_mean_of_its_networks(
     assert np.allclose(centred(ensemble, phantoms), mean, atol=1e-6)
 
 
-def test_a_large_ensemble_reads_each_network_when_its_turn_comes(
+def test_a_large_ensemble_loads_each_network_when_needed(
     tiny_run: Path, other_run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed(tmp_path / "ensemble", tiny_run, other_run)
@@ -114,7 +114,7 @@ def test_a_large_ensemble_reads_each_network_when_its_turn_comes(
     assert np.array_equal(centred(folder, phantoms), held)
 
 
-def test_a_network_that_is_another_when_its_turn_comes_is_refused(
+def test_a_network_that_changed_before_it_is_loaded_is_refused(
     tiny_run: Path, other_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.inference.ensemble._MOST_HELD_BYTES", 0)
@@ -130,7 +130,7 @@ def codes(path: Path) -> Any:
     return np.asarray(image.dataobj)
 
 
-def test_predict_takes_an_ensemble_like_a_run(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_predict_accepts_an_ensemble_like_a_run(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ensemble, case = packed(tmp_path / "ensemble", tiny_run, tiny_run), find_cases(phantoms)[0]
     assert znormseg("predict", tiny_run, case.folder, tmp_path / "one", "--device=cpu").code == 0
     assert znormseg("predict", ensemble, case.folder, tmp_path / "two", "--device=cpu").code == 0
@@ -139,7 +139,7 @@ def test_predict_takes_an_ensemble_like_a_run(tiny_run: Path, phantoms: Path, tm
 
 
 @pytest.mark.parametrize("left_out", [False, True])
-def test_the_rules_are_applied_and_told(
+def test_the_rules_are_applied_and_reported(
     *, left_out: bool, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     rules = Postprocess(smallest_mm3=(1e9, 0.0, 0.0))
@@ -154,7 +154,7 @@ def test_the_rules_are_applied_and_told(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("left_out", [False, True])
-def test_the_rules_are_applied_to_prepared_scans_too(
+def test_the_rules_are_also_applied_to_prepared_scans(
     *, left_out: bool, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     rules = Postprocess(smallest_mm3=(1e9, 0.0, 0.0))
@@ -164,7 +164,7 @@ def test_the_rules_are_applied_to_prepared_scans_too(
     assert codes(tmp_path / "out" / f"{case.id}.nii.gz").any() == left_out
 
 
-def test_a_run_has_no_rules_to_tell(tiny_run: Path) -> None:
+def test_a_run_has_no_rules_to_report(tiny_run: Path) -> None:
     assert list(load_predictor(tiny_run, RUNTIME).record()) == ["weights_sha256", "weights_step"]
 
 
@@ -177,7 +177,7 @@ def test_the_folder_of_a_cross_validation_points_to_its_ensemble(tiny_run: Path,
         load_predictor(tmp_path, RUNTIME)
 
 
-def test_weights_that_were_changed_are_refused(tiny_run: Path, tmp_path: Path) -> None:
+def test_modified_weights_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     ensemble = packed(tmp_path / "ensemble", tiny_run, tiny_run)
     weights = max(ensemble.glob("fold-1/checkpoints/*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
@@ -193,7 +193,7 @@ def test_weights_of_another_run_are_refused(tiny_run: Path, other_run: Path, tmp
         load_predictor(ensemble, RUNTIME)
 
 
-def test_a_network_that_is_gone_is_named(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_missing_network_is_named(tiny_run: Path, tmp_path: Path) -> None:
     ensemble = packed(tmp_path / "ensemble", tiny_run, tiny_run)
     shutil.rmtree(ensemble / "fold-1")
     with pytest.raises(RunError, match=r"network fold-1: .*does not exist"):
@@ -223,14 +223,14 @@ def test_a_damaged_description_is_refused(changes: dict[str, Any], tiny_run: Pat
         load_predictor(ensemble, RUNTIME)
 
 
-def test_a_description_that_is_no_json_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_description_that_is_not_json_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     ensemble = packed(tmp_path / "ensemble", tiny_run)
     (ensemble / "ensemble.json").write_text("{")
     with pytest.raises(RunError, match=r"ensemble.json: missing or damaged"):
         load_predictor(ensemble, RUNTIME)
 
 
-def test_an_older_ensemble_is_loaded_and_says_that_it_is_not_calibrated(tiny_run: Path, tmp_path: Path) -> None:
+def test_an_older_ensemble_is_loaded_and_reported_as_uncalibrated(tiny_run: Path, tmp_path: Path) -> None:
     calibration = load_predictor(packed(tmp_path / "ensemble", tiny_run), RUNTIME).calibration
     told = calibration.record([1.0, 1.0, 1.0], complete=True)
     assert told["calibration"] == {"state": "not calibrated", "temperature": None}
@@ -239,7 +239,7 @@ def test_an_older_ensemble_is_loaded_and_says_that_it_is_not_calibrated(tiny_run
 
 
 @pytest.mark.parametrize("left_out", [False, True])
-def test_predict_tells_temperatures_and_intervals_and_leaves_masks_as_they_are(
+def test_predict_reports_temperatures_and_intervals_without_changing_masks(
     *, left_out: bool, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     plain, calibrated = packed(tmp_path / "plain", tiny_run), packed(tmp_path / "calibrated", tiny_run)

@@ -60,7 +60,7 @@ def with_volume(ml: float, **changes: Any) -> CaseFacts:
 # Each flag
 
 
-def test_a_plain_case_has_no_flag() -> None:
+def test_an_ordinary_case_has_no_flag() -> None:
     assert flags_of(FACTS) == ()
 
 
@@ -100,7 +100,7 @@ def test_a_plain_case_has_no_flag() -> None:
         ),
     ],
 )
-def test_what_should_be_known_is_one_flag_of_a_documented_code(facts: CaseFacts, code: str, words: str) -> None:
+def test_each_peculiarity_gives_one_flag_with_a_documented_code(facts: CaseFacts, code: str, words: str) -> None:
     (flag,) = flags_of(facts)
     assert flag.code == code
     assert code in CODES
@@ -118,11 +118,11 @@ def test_what_should_be_known_is_one_flag_of_a_documented_code(facts: CaseFacts,
         replace(FACTS, training=TrainingRecord(trained_on=("BraTS-GLI-00010-000",))),
     ],
 )
-def test_what_is_just_inside_the_bounds_is_no_flag(facts: CaseFacts) -> None:
+def test_values_just_inside_the_bounds_give_no_flag(facts: CaseFacts) -> None:
     assert codes(facts) == []
 
 
-def test_flags_come_in_the_order_of_their_codes() -> None:
+def test_flags_are_in_the_order_of_their_codes() -> None:
     facts = with_volume(0.1, components={"WT": 20, "TC": 0, "ET": 0})
     facts = replace(facts, zeroed={"t1": 1}, unusual=("t1",), training=TrainingRecord(trained_on=(FACTS.case,)))
     found = codes(facts)
@@ -133,7 +133,7 @@ def test_flags_come_in_the_order_of_their_codes() -> None:
 # Intensities
 
 
-def test_scale_and_offset_of_a_scanner_do_not_move_the_quantiles(phantoms: Path, tmp_path: Path) -> None:
+def test_scanner_scale_and_offset_do_not_change_the_quantiles(phantoms: Path, tmp_path: Path) -> None:
     case = find_cases(phantoms)[0]
     for path in case.folder.glob("*.nii.gz"):
         image: Any = nib.load(path)
@@ -143,7 +143,7 @@ def test_scale_and_offset_of_a_scanner_do_not_move_the_quantiles(phantoms: Path,
     assert all(np.allclose(one[contrast], other[contrast], atol=1e-3) for contrast in one)
 
 
-def test_a_case_of_the_range_is_not_unusual_and_an_inverted_contrast_is(phantoms: Path) -> None:
+def test_an_inverted_contrast_is_unusual_and_a_case_within_the_range_is_not(phantoms: Path) -> None:
     images = [prepare(case).image for case in find_cases(phantoms)]
     known = replace(range_of(map(quantiles_of, images)), cases=LEAST_CASES)
     assert [known.unusual(quantiles_of(image)) for image in images] == [()] * len(images)
@@ -159,22 +159,22 @@ def test_a_missing_contrast_has_no_quantiles_and_is_not_judged() -> None:
     assert range_of([EVEN] * LEAST_CASES).unusual({"flair": (9.0,) * 7}) == ()
 
 
-def test_beyond_the_margin_alone_is_unusual() -> None:
+def test_only_values_beyond_the_margin_are_unusual() -> None:
     known = range_of([EVEN] * LEAST_CASES)
     assert known.unusual({"t1": (0.0,) * 6 + (MARGIN_SD,)}) == ()
     assert known.unusual({"t1": (0.0,) * 6 + (MARGIN_SD + 0.01,)}) == ("t1",)
 
 
-def test_the_range_of_few_cases_judges_nobody() -> None:
+def test_a_range_of_too_few_cases_flags_nothing() -> None:
     assert range_of([EVEN] * (LEAST_CASES - 1)).unusual({"t1": (9.0,) * 7}) == ()
 
 
-def test_a_range_comes_back_from_json_as_it_was() -> None:
+def test_a_range_survives_the_round_trip_through_json() -> None:
     known = range_of([EVEN, {"t1": (1.0,) * 7}])
     assert range_from_json(json.loads(json.dumps(known.to_json()))) == known
 
 
-def test_ranges_join_to_that_of_all_their_cases() -> None:
+def test_joined_ranges_equal_the_range_of_all_cases() -> None:
     one, other = range_of([EVEN]), range_of([{"t1": (-1.0,) * 7}])
     both = range_of([EVEN, {"t1": (-1.0,) * 7}])
     assert merged_range([one, other]) == both
@@ -184,7 +184,7 @@ def test_ranges_join_to_that_of_all_their_cases() -> None:
 # What a run tells
 
 
-def test_the_range_of_a_run_is_written_once_and_stays(tiny_run: Path, tmp_path: Path) -> None:
+def test_the_range_of_a_run_is_written_only_once(tiny_run: Path, tmp_path: Path) -> None:
     class Even:
         synthetic = False
 
@@ -200,7 +200,7 @@ def test_the_range_of_a_run_is_written_once_and_stays(tiny_run: Path, tmp_path: 
     assert training_record(tmp_path).intensities == training_record(tiny_run).intensities
 
 
-def test_a_run_tells_its_cases_and_their_intensities(tiny_run: Path) -> None:
+def test_a_run_records_its_cases_and_their_intensities(tiny_run: Path) -> None:
     known = training_record(tiny_run)
     split = json.loads((tiny_run / "split.json").read_text())
     assert (list(known.trained_on), list(known.validated_on)) == (split["train"], split["validation"])
@@ -209,21 +209,19 @@ def test_a_run_tells_its_cases_and_their_intensities(tiny_run: Path) -> None:
     assert set(known.intensities.least) == {"t1", "t1c", "t2", "flair"}
 
 
-def test_a_folder_without_records_tells_nothing(tmp_path: Path) -> None:
+def test_a_folder_without_records_gives_no_range(tmp_path: Path) -> None:
     assert training_record(tmp_path) == UNKNOWN
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 2}'])
-def test_damaged_records_tell_nothing_and_are_logged(
-    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_records_are_ignored_and_logged(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("split.json", "intensities.json"):
         (tmp_path / name).write_text(text)
     assert training_record(tmp_path) == UNKNOWN
     assert len(caplog.records) == 2
 
 
-def test_an_ensemble_joins_the_ranges_of_its_folds(tiny_run: Path, tmp_path: Path) -> None:
+def test_an_ensemble_merges_the_ranges_of_its_folds(tiny_run: Path, tmp_path: Path) -> None:
     for name in ("fold-0", "fold-1"):
         (tmp_path / name).mkdir()
         shutil.copy(tiny_run / "intensities.json", tmp_path / name)
@@ -239,7 +237,7 @@ def flags_in(path: Path) -> dict[str, str]:
     return {flag["code"]: flag["sentence"] for flag in json.loads(path.read_text())["flags"]}
 
 
-def test_predict_tells_a_case_of_the_training_from_a_new_one_of_odd_files(
+def test_predict_flags_a_training_case_and_a_new_case_with_unusual_files(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     run, place = tmp_path / "run", tmp_path / "in" / "odd"
@@ -267,7 +265,7 @@ def test_predict_tells_a_case_of_the_training_from_a_new_one_of_odd_files(
     assert not {"unusual_intensities", "geometry_repaired"} & set(seen)
 
 
-def test_headers_that_leave_the_geometry_open_are_told(phantoms: Path, tmp_path: Path) -> None:
+def test_headers_with_ambiguous_geometry_are_flagged(phantoms: Path, tmp_path: Path) -> None:
     for path in (phantoms / CASE).glob("*.nii.gz"):
         image: Any = nib.load(path)
         kind = path.name.removesuffix(".nii.gz").rpartition("_")[2]
@@ -280,7 +278,7 @@ def test_headers_that_leave_the_geometry_open_are_told(phantoms: Path, tmp_path:
     assert repairs == ("t2: its sform and qform are up to 7 mm apart; the sform was used",)
 
 
-def test_headers_without_any_form_are_told(phantoms: Path, tmp_path: Path) -> None:
+def test_headers_without_sform_and_qform_are_flagged(phantoms: Path, tmp_path: Path) -> None:
     for path in (phantoms / CASE).glob("*.nii.gz"):
         image: Any = nib.load(path)
         image.set_qform(None, 0)

@@ -41,7 +41,7 @@ def test_cleaned_regions_are_nested(rules: Postprocess, masks: Any) -> None:
 
 @settings(deadline=None)
 @given(RULES, MASKS)
-def test_cleaning_adds_no_voxel_but_to_the_core_if_it_is_filled(rules: Postprocess, masks: Any) -> None:
+def test_cleaning_adds_voxels_only_when_filling_the_core(rules: Postprocess, masks: Any) -> None:
     whole, core, enhancing = rules.clean(masks, SPACING) & ~masks
     assert not whole.any()
     assert rules.fill_core or not core.any()
@@ -50,26 +50,26 @@ def test_cleaning_adds_no_voxel_but_to_the_core_if_it_is_filled(rules: Postproce
 
 @settings(deadline=None)
 @given(RULES, MASKS)
-def test_cleaning_twice_is_cleaning_once(rules: Postprocess, masks: Any) -> None:
+def test_cleaning_twice_equals_cleaning_once(rules: Postprocess, masks: Any) -> None:
     once = rules.clean(masks, SPACING)
     assert np.array_equal(rules.clean(once, SPACING), once)
 
 
 @settings(deadline=None)
 @given(MASKS)
-def test_the_defaults_nest_and_change_nothing_else(masks: Any) -> None:
+def test_the_defaults_only_nest_the_regions(masks: Any) -> None:
     assert np.array_equal(Postprocess().clean(masks, SPACING), to_regions(from_regions(masks)))
 
 
 @settings(deadline=None)
 @given(CENTRED)
-def test_the_defaults_cut_at_one_half(centred: Any) -> None:
+def test_the_default_threshold_is_one_half(centred: Any) -> None:
     assert np.array_equal(Postprocess().cut(centred), centred > 0)
 
 
 @settings(deadline=None)
 @given(RULES, CENTRED)
-def test_kept_bytes_are_cut_as_the_probabilities_were(rules: Postprocess, centred: Any) -> None:
+def test_stored_bytes_are_thresholded_like_the_probabilities(rules: Postprocess, centred: Any) -> None:
     kept = OutOfFoldPrediction(
         answers=to_bytes(centred),
         reference=np.zeros(SHAPE[1:], np.uint8),
@@ -81,7 +81,7 @@ def test_kept_bytes_are_cut_as_the_probabilities_were(rules: Postprocess, centre
 
 
 @given(RULES)
-def test_rules_come_back_from_json(rules: Postprocess) -> None:
+def test_rules_survive_the_round_trip_through_json(rules: Postprocess) -> None:
     assert postprocess_from_json(rules.to_json()) == rules
 
 
@@ -90,7 +90,7 @@ def line(*voxels: int) -> Any:
     return np.tile(np.array(voxels, dtype=bool).reshape(1, -1, 1, 1), (3, 1, 1, 1))
 
 
-def test_a_component_that_is_just_large_enough_stays() -> None:
+def test_a_component_that_is_just_large_enough_is_kept() -> None:
     rules = Postprocess(smallest_mm3=(4.0, 0.0, 0.0))
     whole, _, _ = rules.clean(line(1, 0, 1, 1, 0, 1, 1, 1), (0.9999999999, 2.0, 1.0))
     assert whole.ravel().tolist() == [False, False, True, True, False, True, True, True]
@@ -102,7 +102,7 @@ def test_voxels_that_share_a_corner_are_one_component() -> None:
     assert np.array_equal(without_small_components(mask, 2), mask)
 
 
-def test_components_of_less_than_the_share_of_the_largest_are_removed() -> None:
+def test_components_below_the_fraction_of_the_largest_are_removed() -> None:
     whole, _, _ = Postprocess(smallest_share=0.5).clean(line(1, 0, 1, 1, 0, 1, 1, 1, 1), SPACING)
     assert whole.ravel().tolist() == [False, False, True, True, False, True, True, True, True]
 
@@ -117,14 +117,14 @@ def shell() -> Any:
     return np.stack([whole, core, np.zeros_like(core)])
 
 
-def test_a_hole_in_the_core_is_filled_where_it_is_tumour(shell: Any) -> None:
+def test_a_hole_in_the_core_is_filled_within_the_tumour(shell: Any) -> None:
     whole, core, enhancing = Postprocess(fill_core=True).clean(shell, SPACING)
     assert np.array_equal(core, shell[0])
     assert np.array_equal(whole, shell[0])
     assert not enhancing.any()
 
 
-def test_a_cavity_with_a_way_out_is_not_filled(shell: Any) -> None:
+def test_an_open_cavity_is_not_filled(shell: Any) -> None:
     shell[1, 1, 1, 3] = False
     _, core, _ = Postprocess(fill_core=True).clean(shell, SPACING)
     assert np.array_equal(core, shell[1])
@@ -136,12 +136,12 @@ def test_rules_of_earlier_versions_are_read() -> None:
     assert postprocess_from_json(content) == Postprocess(smallest_mm3=(10.0, 0.0, 0.0))
 
 
-def test_what_the_whole_tumour_loses_the_core_loses() -> None:
+def test_voxels_removed_from_whole_tumour_are_also_removed_from_the_core() -> None:
     assert not Postprocess(smallest_mm3=(5.0, 0.0, 0.0)).clean(line(1, 1), SPACING).any()
 
 
 @pytest.mark.parametrize(("least", "left"), [(4.0, 2), (4.1, 0)])
-def test_too_little_enhancing_tumour_in_all_is_none_and_stays_core(least: float, left: int) -> None:
+def test_too_little_enhancing_tumour_in_total_becomes_core(least: float, left: int) -> None:
     whole, core, enhancing = Postprocess(least_enhancing_mm3=least).clean(line(1, 0, 1), SPACING)
     assert [int(mask.sum()) for mask in (whole, core, enhancing)] == [2, 2, left]
 
@@ -155,12 +155,12 @@ def test_too_little_enhancing_tumour_in_all_is_none_and_stays_core(least: float,
         {"smallest_share": 1.1},
     ],
 )
-def test_rules_that_cannot_be_are_refused(changes: dict[str, Any]) -> None:
+def test_invalid_rules_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"above 0|0 or more mm3|0 to 1"):
         Postprocess(**changes)
 
 
-def test_rules_are_said_in_words() -> None:
+def test_rules_are_described_in_words() -> None:
     assert Postprocess().sentence() == "none: probabilities are cut at one half"
     rules = Postprocess(thresholds=(0.5, 0.375, 0.5), smallest_mm3=(0, 0, 10.0), least_enhancing_mm3=50.0)
     rules = replace(rules, smallest_share=0.3, fill_core=True)

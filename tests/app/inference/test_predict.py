@@ -82,18 +82,18 @@ def files_of(case: Path) -> list[str | Path]:
 # The grid
 
 
-def test_a_label_map_lies_on_the_grid_of_its_case(label_maps: Path, phantoms: Path) -> None:
+def test_a_label_map_is_on_the_grid_of_its_case(label_maps: Path, phantoms: Path) -> None:
     for case in sorted(phantoms.iterdir()):
         assert_same_grid(label_maps / f"{case.name}.nii.gz", case / f"{case.name}_t1ce.nii.gz")
 
 
-def test_a_label_map_is_of_bytes_and_holds_every_tissue(label_maps: Path) -> None:
+def test_a_label_map_is_uint8_and_contains_every_tissue(label_maps: Path) -> None:
     maps = [load(path) for path in sorted(label_maps.glob("*.nii.gz"))]
     assert {image.get_data_dtype() for image in maps} == {np.dtype(np.uint8)}
     assert set(np.unique([np.asarray(image.dataobj) for image in maps])) == {0, 1, 2, 4}
 
 
-def test_outside_the_brain_there_is_background(label_maps: Path, phantoms: Path) -> None:
+def test_everything_outside_the_brain_is_background(label_maps: Path, phantoms: Path) -> None:
     for case in sorted(phantoms.iterdir()):
         images = [voxels(path) for path in case.glob("*.nii.gz") if "_seg" not in path.name]
         outside = ~np.any([image != 0 for image in images], axis=0)
@@ -109,7 +109,7 @@ def trailing_axis(image: Any) -> Any:
     return nib.Nifti1Image(np.asarray(image.dataobj)[..., None], image.affine)
 
 
-def test_units_are_kept_as_they_are(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_the_units_of_the_header_are_kept(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = restored(phantoms / CASE, tmp_path, "a", other_units)
     assert znormseg("predict", tiny_run, case, tmp_path / "out").code == 0
     assert_same_grid(tmp_path / "out" / "a.nii.gz", case / "a_t1ce.nii.gz")
@@ -132,7 +132,7 @@ def test_a_case_of_another_spacing_keeps_its_grid(
 
 
 @pytest.mark.slow
-def test_the_label_map_of_every_real_case_lies_on_its_grid(
+def test_the_label_map_of_every_real_case_is_on_its_grid(
     tiny_run: Path, real_cases: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     from data.datasets.layouts import find_cases
@@ -157,19 +157,19 @@ def test_another_library_sees_the_label_map_where_the_image_is(label_maps: Path,
 # What is written
 
 
-def test_two_predictions_are_the_same_to_the_byte_also_from_another_process(
+def test_two_predictions_are_byte_for_byte_the_same_even_from_another_process(
     tiny_run: Path, phantoms: Path, label_maps: Path, tmp_path: Path, shell: Call
 ) -> None:
     assert shell(["znormseg", "predict", tiny_run, phantoms / CASE, tmp_path, "--device", "cpu"]).code == 0
     assert (tmp_path / f"{CASE}.nii.gz").read_bytes() == (label_maps / f"{CASE}.nii.gz").read_bytes()
 
 
-def test_the_output_folder_holds_two_files_a_case_and_nothing_else(label_maps: Path, phantoms: Path) -> None:
+def test_the_output_folder_contains_exactly_two_files_per_case(label_maps: Path, phantoms: Path) -> None:
     expected = [case.name + ending for case in phantoms.iterdir() for ending in (".json", ".nii.gz")]
     assert sorted(path.name for path in label_maps.iterdir()) == sorted([*expected, "manifest.json"])
 
 
-def test_the_json_beside_a_label_map_tells_what_it_is_and_where_it_came_from(
+def test_the_json_next_to_a_label_map_describes_it_and_its_origin(
     label_maps: Path, phantoms: Path, tiny_run: Path
 ) -> None:
     content = json.loads((label_maps / f"{CASE}.json").read_text())
@@ -194,7 +194,7 @@ def test_the_volumes_are_those_of_the_label_map(label_maps: Path) -> None:
 
 
 @pytest.mark.parametrize(("convention", "enhancing"), [("brats2021", 4), ("brats2023", 3)])
-def test_the_label_numbers_may_be_chosen(
+def test_the_label_numbers_can_be_chosen(
     *,
     convention: str,
     enhancing: int,
@@ -224,7 +224,7 @@ def test_a_case_named_as_in_2023_gets_the_label_numbers_of_2023(
     assert 4 not in labels
 
 
-def test_predicting_again_replaces_what_is_there(
+def test_predicting_again_replaces_existing_files(
     tiny_run: Path, phantoms: Path, label_maps: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     (tmp_path / f"{CASE}.nii.gz").write_text("old")
@@ -242,7 +242,7 @@ def test_four_files_give_the_same_label_map_as_their_folder(
     assert (tmp_path / f"{CASE}.nii.gz").read_bytes() == (label_maps / f"{CASE}.nii.gz").read_bytes()
 
 
-def test_four_files_of_any_name_go_by_the_name_of_the_t1c(
+def test_four_files_of_any_name_are_named_after_the_t1c(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     shutil.copy(phantoms / CASE / f"{CASE}_t1ce.nii.gz", tmp_path / "visit 3.nii.gz")
@@ -263,7 +263,7 @@ def test_an_input_is_never_overwritten(tiny_run: Path, phantoms: Path, tmp_path:
 
 
 @pytest.mark.parametrize("left_out", range(4))
-def test_a_file_left_out_of_the_four_is_named(
+def test_a_file_missing_from_the_four_is_named(
     left_out: int, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     files = files_of(phantoms / CASE)
@@ -283,7 +283,7 @@ def test_one_of_the_four_that_does_not_exist_is_named(
     assert f"{tmp_path / 'nowhere.nii.gz'}: no such file" in ended.err
 
 
-def test_an_input_folder_besides_the_four_files_is_refused(
+def test_an_input_folder_together_with_the_four_files_is_refused(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path, *files_of(phantoms / CASE))
@@ -312,7 +312,7 @@ def test_one_broken_case_does_not_stop_the_others(
     ]
 
 
-def test_a_case_without_any_contrast_inside_the_brain_does_not_stop_the_others(
+def test_a_constant_case_does_not_stop_the_others(
     two_cases: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     for path in (two_cases / CASE).glob("*.nii.gz"):
@@ -331,7 +331,7 @@ def test_a_case_without_any_contrast_inside_the_brain_does_not_stop_the_others(
         (["--label", "brats2021"], 2, "No such option"),
     ],
 )
-def test_an_option_of_no_known_value_is_refused_with_those_allowed(
+def test_an_invalid_option_value_is_refused_with_the_valid_ones(
     *, arguments: Sequence[str], code: int, words: str, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path / "out", *arguments)
@@ -340,7 +340,7 @@ def test_an_option_of_no_known_value_is_refused_with_those_allowed(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_cuda_on_a_machine_without_is_a_matter_of_the_machine(
+def test_cuda_on_a_machine_without_a_gpu_is_a_machine_error(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path / "out", "--device", "cuda")
@@ -354,7 +354,7 @@ def test_an_input_folder_that_does_not_exist_is_refused(tiny_run: Path, tmp_path
     assert f"{tmp_path / 'nowhere'}: does not exist" in ended.err
 
 
-def test_a_missing_output_is_a_wrong_command_line(tiny_run: Path, phantoms: Path, znormseg: Call) -> None:
+def test_a_missing_output_is_a_usage_error(tiny_run: Path, phantoms: Path, znormseg: Call) -> None:
     ended = znormseg("predict", tiny_run, phantoms)
     assert ended.code == 2
     assert "give RUN, INPUT and OUTPUT" in ended.err

@@ -12,7 +12,7 @@ from models import build_network
 CPU = Runtime(device_name="cpu", precision_name="float32", channels_last=False, reasons=())
 
 
-def test_networks_that_answer_together_give_the_mean_of_their_logits() -> None:
+def test_an_ensemble_gives_the_mean_of_its_logits() -> None:
     config = load_config("presence-slabs", ["network.channels=[8, 8, 8, 8]", "training.patch_voxels=[16, 16, 5]"])
     networks = [build_network(config.network, in_channels=4, out_channels=3).eval() for _ in range(2)]
     image = np.random.default_rng(0).normal(size=(4, 16, 16, 12)).astype(np.float16)

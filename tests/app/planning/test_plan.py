@@ -114,7 +114,7 @@ def test_removing_levels_removes_their_blocks_but_keeps_enough_for_deep_supervis
     assert load_config_of(config) == config
 
 
-def test_unequal_spacings_give_the_median_per_axis() -> None:
+def test_unequal_spacings_are_left_to_the_median_per_axis() -> None:
     plan = planned(spacing_mm=(0.5, 0.5, 5.0))
     assert (plan.config.data.spacing_mm, plan.bounds.spacing_mm) == (None, (0.5, 0.5, 5.0))
 

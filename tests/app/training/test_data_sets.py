@@ -203,7 +203,7 @@ def test_the_number_of_weights_must_match_the_data_sets(
 
 
 @pytest.mark.parametrize("weights", ["0,1", "a", "1,", "1.5,1"])
-def test_weights_that_are_not_whole_numbers_are_refused(weights: str, tmp_path: Path, znormseg: Call) -> None:
+def test_weights_must_be_positive_whole_numbers(weights: str, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("train", tmp_path, tmp_path, tmp_path / "run", "--weights", weights)
     assert ended.code == 2
     assert "--weights takes whole numbers above 0" in ended.err
@@ -329,7 +329,7 @@ def test_copies_of_a_scan_in_several_folds_are_reported(
     assert f"{case.name}, copy0, copy1, copy2, copy3" in caplog.text
 
 
-def test_folds_split_real_cases_and_keep_synthetic_ones_with_their_patients(
+def test_folds_split_real_cases_and_never_train_on_synthetic_ones_of_validation_patients(
     mixed: DataSource, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     folds = deal(mixed, tmp_path, load_config("laptop", [*tiny_settings, "data.weights=[2, 1, 1]"]), folds=3)

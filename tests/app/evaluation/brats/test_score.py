@@ -336,6 +336,6 @@ def test_the_terminal_output_states_that_the_penalty_is_the_diagonal(
     assert said in znormseg(*words, "--labels", "brats2023").out
 
 
-def test_earlier_years_are_documented_as_the_rules_without_the_option() -> None:
+def test_earlier_years_are_refused_with_a_hint_to_omit_the_option() -> None:
     with pytest.raises(DataError, match="Without --rules, whole regions are scored, as in the challenges up to 2022"):
         rules_for("brats2021", "GLI")

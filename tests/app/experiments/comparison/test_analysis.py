@@ -66,7 +66,7 @@ def test_an_arm_that_gains_in_every_case_is_better() -> None:
     assert arm(analysis, "znorm").dice["mean"] == pytest.approx(0.5 + 0.035 + 0.001 + 0.05)
 
 
-def test_p_values_are_corrected_over_the_arms_but_not_over_the_baseline() -> None:
+def test_p_values_are_corrected_for_the_arms_without_the_baseline() -> None:
     analysis = analysed(results({"clip": 0.0, "znorm": 0.05, "none": -0.05}))
     for name in ("znorm", "none"):
         difference = arm(analysis, name).differences["mean"]
@@ -81,22 +81,22 @@ def test_the_usual_target_is_nine_tenths_of_the_last_mean() -> None:
     assert arm(analysis, "clip").steps_to_target == (10, 10, 10)
 
 
-def test_where_nothing_was_learnt_no_target_is_reached() -> None:
+def test_if_nothing_was_learnt_no_target_is_reached() -> None:
     assert arm(analysed(results({"clip": 0.0, "znorm": 0.0}), 0.0), "clip").steps_to_target == (None, None, None)
 
 
-def test_validations_do_not_count_as_time_of_steps() -> None:
+def test_validation_time_does_not_count_as_step_time() -> None:
     summary = arm(analysed(results({"clip": 0.0, "znorm": 0.0})), "clip")
     assert (summary.seconds_per_step, summary.seconds, summary.skipped_steps) == (0.25, 10.0, 3)
 
 
-def test_scores_of_validation_cases_are_called_that() -> None:
+def test_scores_of_validation_cases_are_labelled_as_such() -> None:
     analysis = analysed(results({"clip": 0.0, "znorm": 0.1}, test=False))
     assert not analysis.tested
     assert any("No test cases" in caveat for caveat in analysis.caveats)
 
 
-def test_the_plain_data_is_json_without_nan() -> None:
+def test_the_plain_data_is_valid_json_without_nan() -> None:
     plain = analysed(results({"clip": 0.0, "znorm": 0.1}, seeds=1)).to_json()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
 
@@ -105,6 +105,6 @@ def test_the_plain_data_is_json_without_nan() -> None:
     ("other", "same"),
     [(START, True), ({**START, "weights_sha256": "x"}, False), ({**START, "batch_sha256": "x"}, False), (None, False)],
 )
-def test_the_start_is_the_same_where_both_hashes_are_on_record_and_equal(other: Any, same: bool) -> None:
+def test_the_start_is_the_same_if_both_recorded_hashes_are_equal(other: Any, same: bool) -> None:
     clip, znorm = (RunKey(optimizer="adamw", arm=arm, rate=1e-3, seed=0) for arm in ("clip", "znorm"))
     assert is_same_start({clip: {"start": START}, znorm: {"start": other}}) is same

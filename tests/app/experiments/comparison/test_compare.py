@@ -75,7 +75,7 @@ def plan(**changes: Any) -> ComparisonPlan:
 
 
 @pytest.mark.parametrize("fold", range(5))
-def test_the_three_parts_share_no_patient_and_leave_none_out(fold: int) -> None:
+def test_the_three_parts_share_no_patient_and_cover_all(fold: int) -> None:
     ids = [f"BraTS-GLI-{patient:05}-{visit:03}" for patient in range(9) for visit in range(2)]
     parts = fold_parts({case: patient_of(case) for case in ids}, fold)
     patients = [{patient_of(case) for case in part} for part in (parts.train, parts.validation, parts.test)]
@@ -106,7 +106,7 @@ def test_a_split_without_test_cases_scores_the_validation_cases(tmp_path: Path) 
     ("test", "said"),
     [("x", "list"), (["a", "a"], "twice"), (["a"], "not in the data set: a"), (TEN[:1], "is in test and in another")],
 )
-def test_a_wrong_list_of_test_cases_is_refused(test: object, said: str, tmp_path: Path) -> None:
+def test_an_invalid_list_of_test_cases_is_refused(test: object, said: str, tmp_path: Path) -> None:
     (tmp_path / "split.json").write_text(json.dumps({"train": TEN[:2], "validation": TEN[2:4], "test": test}))
     with pytest.raises(DataError, match=said):
         read_parts(tmp_path / "split.json", alone(TEN))
@@ -131,7 +131,7 @@ def test_presence_labels_of_a_table_are_refused() -> None:
         plan(config="presence", overrides=["task.labels_csv=labels.csv", "task.outputs=[grade]"])
 
 
-def test_runs_of_one_seed_differ_in_nothing_but_arm_rate_and_optimizer() -> None:
+def test_runs_of_one_seed_differ_only_in_arm_rate_and_optimizer() -> None:
     made = plan(optimizers=["adamw", "sgd"])
     changed = {
         line.partition(":")[0]
@@ -154,18 +154,18 @@ def test_every_arm_gets_the_same_number_of_runs() -> None:
     assert sum(key.arm == "clip" for key in keys) == made.count() / 2
 
 
-def test_the_rate_with_the_best_validation_dice_is_chosen_and_of_equals_the_lowest() -> None:
+def test_the_best_rate_is_chosen_and_ties_go_to_the_lowest() -> None:
     made = plan(rates=["1e-3,1e-2,1e-1"], seeds=1)
     dice = {("clip", 1e-3): 0.1, ("clip", 1e-2): 0.3, ("clip", 1e-1): 0.2}
     runs = {key: {"validation_dice": {"WT": dice.get((key.arm, key.rate), 0.5)}} for key in made.sweep()}
     assert choose_rates(made, runs) == {("adamw", "clip"): 1e-2, ("adamw", "znorm"): 1e-3}
 
 
-def test_the_baseline_is_clip_or_else_the_first_arm() -> None:
+def test_the_baseline_is_clip_or_otherwise_the_first_arm() -> None:
     assert [plan(arms=["znorm", "clip"]).baseline, plan(arms=["znorm", "none"]).baseline] == ["clip", "znorm"]
 
 
-def test_a_variant_is_an_arm_with_a_config_of_its_own() -> None:
+def test_a_variant_is_an_arm_with_its_own_config() -> None:
     made = plan(arms=["clip", "all"], variants=["all:gradient.znorm.output_block=none", "all:training.warmup=0.2"])
     changed = [
         "gradient.transform: auto -> znorm",
@@ -231,7 +231,7 @@ def test_seeds_count_up_from_the_first() -> None:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_a_plan_that_cannot_be_is_refused_in_words(changes: dict[str, Any], said: str) -> None:
+def test_an_impossible_plan_is_refused_with_a_clear_message(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as refused:
         plan(**changes)
     assert said in str(refused.value)
@@ -248,7 +248,7 @@ def test_initial_weights_and_first_batch_are_the_same_in_every_run_of_a_seed(fin
     assert content(finished)["same_start"] is True
 
 
-def test_the_recorded_weights_are_those_of_the_seed(finished: Path) -> None:
+def test_the_recorded_initial_weights_are_those_of_the_seed(finished: Path) -> None:
     import torch
 
     from app.config.load import load_config
@@ -282,7 +282,7 @@ def test_the_csv_has_a_row_for_each_final_run_and_test_case(finished: Path) -> N
     assert {row["part"] for row in rows} == {"test"}
 
 
-def test_the_final_dice_is_that_of_predict_and_evaluate(
+def test_the_final_dice_equals_that_of_predict_and_evaluate(
     finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     with (finished / "compare.csv").open() as file:
@@ -292,14 +292,14 @@ def test_the_final_dice_is_that_of_predict_and_evaluate(
     assert float(row["dice_WT"]) == pytest.approx(scores["cases"][0]["WT"]["dice"])
 
 
-def test_a_comparison_says_what_computed_the_scores(finished: Path) -> None:
+def test_a_comparison_records_what_computed_the_scores(finished: Path) -> None:
     finals = [run for run in content(finished)["runs"] if "dice" in run]
     records = [run["computed_by"] for run in finals]
     assert records == [choose_backend("auto", RuntimeConfig(device="cpu")).record()] * len(finals)
     assert ", ".join(records[0].values()) in (finished / "compare.html").read_text()
 
 
-def test_scores_of_an_earlier_version_stay_and_are_a_caveat_beside_others(
+def test_scores_of_an_earlier_version_are_kept_with_a_caveat_next_to_new_ones(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
@@ -312,7 +312,7 @@ def test_scores_of_an_earlier_version_stay_and_are_a_caveat_beside_others(
     assert any("torch, by an earlier version" in sentence for sentence in content(out)["caveats"])
 
 
-def test_the_page_carries_all_it_shows(finished: Path) -> None:
+def test_the_page_is_self_contained(finished: Path) -> None:
     page = (finished / "compare.html").read_text()
     for heading in ("Verdict", "Final Dice", "Differences from clip", "Learning curves", "Learning rates", "Seconds"):
         assert f">{heading}</h2>" in page
@@ -321,7 +321,7 @@ def test_the_page_carries_all_it_shows(finished: Path) -> None:
     assert not [word for word in ("http://", "https://", "<script", "src=") if word in page]
 
 
-def test_the_terminal_tells_table_verdict_limits_and_page(
+def test_the_terminal_shows_table_verdict_limitations_and_page(
     finished: Path, phantoms: Path, options: list[str], znormseg: Call
 ) -> None:
     said = znormseg("compare", phantoms, finished, *options).out
@@ -335,7 +335,7 @@ def test_the_terminal_tells_table_verdict_limits_and_page(
         assert words in said
 
 
-def test_progress_tells_the_run_and_the_time_left(finished: Path) -> None:
+def test_progress_shows_the_run_and_the_time_left(finished: Path) -> None:
     told = (finished.parent / "progress").read_text().splitlines()
     assert "run 1 of 4  adamw-clip-lr0.001-seed0" in told[0]
     assert any("run 4 of 4  adamw-znorm-lr0.01-seed0  step 4" in line for line in told)
@@ -351,7 +351,7 @@ def test_the_same_command_again_trains_nothing(
     assert {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/metrics.jsonl")} == before
 
 
-def test_runs_that_are_not_there_are_made_and_give_the_same(
+def test_missing_runs_are_repeated_with_the_same_result(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     shutil.copytree(finished, tmp_path / "out")
@@ -362,7 +362,7 @@ def test_runs_that_are_not_there_are_made_and_give_the_same(
     assert (tmp_path / "out" / "compare.csv").read_text() == (finished / "compare.csv").read_text()
 
 
-def test_another_plan_in_the_same_folder_is_refused_with_what_differs(
+def test_another_plan_in_the_same_folder_is_refused_with_the_differences(
     finished: Path, phantoms: Path, options: list[str], znormseg: Call
 ) -> None:
     ended = znormseg("compare", phantoms, finished, *options, "--steps=5", "--seeds=2")
@@ -370,7 +370,7 @@ def test_another_plan_in_the_same_folder_is_refused_with_what_differs(
     assert "config.training.steps: 4 -> 5; seeds: 1 -> 2" in ended.err
 
 
-def test_a_plan_from_before_a_key_of_the_config_is_the_same_plan(
+def test_a_plan_older_than_a_config_key_is_the_same_plan(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     shutil.copytree(finished, tmp_path / "out")
@@ -381,7 +381,7 @@ def test_a_plan_from_before_a_key_of_the_config_is_the_same_plan(
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_goes_on(
+def test_ctrl_c_saves_and_the_same_command_resumes(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call, znormseg_process: Call
 ) -> None:
     arguments = ["compare", phantoms, tmp_path / "out", *options, "--steps=200", "--learning-rates=1e-3"]
@@ -422,30 +422,30 @@ def test_arms_that_normalise_inside_the_network_are_compared(
 # Refusals on the command line
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_file_instead_of_the_folder_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "out").write_text("")
     ended = znormseg("compare", phantoms, tmp_path / "out")
     assert (ended.code, "is a file" in ended.err) == (5, True)
 
 
-def test_a_folder_with_something_else_in_it_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_folder_with_other_files_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "thesis.tex").write_text("")
     ended = znormseg("compare", phantoms, tmp_path)
     assert (ended.code, "is not empty and contains no comparison" in ended.err) == (5, True)
 
 
-def test_an_unknown_arm_is_refused_before_anything_is_made(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_an_unknown_arm_is_refused_before_anything_is_created(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("compare", phantoms, tmp_path / "out", "--arms", "clip,magic")
     assert (ended.code, (tmp_path / "out").exists()) == (4, False)
 
 
-def test_too_few_patients_are_bad_data(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_too_few_patients_are_a_data_error(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     for case in sorted(phantoms.iterdir())[:2]:
         shutil.copytree(case, tmp_path / "data" / case.name)
     assert znormseg("compare", tmp_path / "data", tmp_path / "out").code == 3
 
 
-def test_fold_and_split_together_are_a_wrong_command_line(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_fold_and_split_together_are_a_usage_error(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     assert znormseg("compare", phantoms, tmp_path / "out", "--fold=1", "--split=x.json").code == 2
 
 
@@ -459,7 +459,7 @@ def test_the_help_names_every_arm_and_config() -> None:
 # The page made anew
 
 
-def test_the_page_made_anew_is_the_page(finished: Path, tmp_path: Path) -> None:
+def test_a_regenerated_page_is_identical(finished: Path, tmp_path: Path) -> None:
     from app.reports.report import report
 
     made = report(finished, tmp_path / "pages")
@@ -467,7 +467,7 @@ def test_the_page_made_anew_is_the_page(finished: Path, tmp_path: Path) -> None:
     assert made.page.read_text(encoding="utf-8") == (finished / "compare.html").read_text(encoding="utf-8")
 
 
-def test_a_comparison_that_has_not_ended_has_no_page(finished: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_an_unfinished_comparison_has_no_page(finished: Path, tmp_path: Path, znormseg: Call) -> None:
     shutil.copytree(finished, tmp_path / "begun", ignore=shutil.ignore_patterns("runs"))
     next((tmp_path / "begun" / "results").iterdir()).unlink()
     ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")

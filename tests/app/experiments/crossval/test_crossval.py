@@ -101,7 +101,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-def test_what_is_chosen_is_never_worse_on_what_it_was_chosen_on(answers: dict[str, Path]) -> None:
+def test_chosen_rules_are_never_worse_on_the_cases_they_were_chosen_on(answers: dict[str, Path]) -> None:
     scores = Scores(answers)
     for draw in range(8):
         used = np.random.default_rng(draw).random(len(answers)) < 0.5
@@ -111,18 +111,18 @@ def test_what_is_chosen_is_never_worse_on_what_it_was_chosen_on(answers: dict[st
         assert after[used].mean() >= before[used].mean()
 
 
-def test_the_gain_is_that_of_the_steps(answers: dict[str, Path]) -> None:
+def test_the_total_gain_is_the_sum_of_the_steps(answers: dict[str, Path]) -> None:
     tuning = tune(Scores(answers), [0, 0, 1, 1, 2, 2])
     assert tuning.after - tuning.before == pytest.approx(sum(step.gain for step in tuning.steps))
     assert tuning.after > tuning.before + MARGIN
 
 
-def test_a_rule_is_kept_only_where_it_gains_the_margin(answers: dict[str, Path]) -> None:
+def test_a_rule_is_kept_only_if_it_gains_at_least_the_margin(answers: dict[str, Path]) -> None:
     for step in tune(Scores(answers), [0, 0, 1, 1, 2, 2]).steps:
         assert step.gain == (step.best_candidate_gain if step.best_candidate_gain >= MARGIN else 0.0)
 
 
-def test_where_nothing_gains_nothing_is_chosen(tmp_path: Path) -> None:
+def test_without_a_gain_no_rule_is_chosen(tmp_path: Path) -> None:
     perfect = answer(0)
     regions = np.stack([perfect.reference > 0, np.isin(perfect.reference, (1, 3)), perfect.reference == 3])
     kept = OutOfFoldPrediction(
@@ -150,7 +150,7 @@ def test_the_estimate_chooses_without_the_fold_it_scores(answers: dict[str, Path
     assert tuning.estimated_gain == pytest.approx(np.mean(tuning.nested_gains))
 
 
-def test_dice_of_the_kept_part_is_dice_of_all(answers: dict[str, Path]) -> None:
+def test_dice_of_the_kept_box_equals_dice_of_the_whole_volume(answers: dict[str, Path]) -> None:
     from app.evaluation.metrics import dice
     from data.labels import to_regions
 
@@ -163,7 +163,7 @@ def test_dice_of_the_kept_part_is_dice_of_all(answers: dict[str, Path]) -> None:
     ]
 
 
-def test_answers_come_back_from_their_file(answers: dict[str, Path]) -> None:
+def test_predictions_survive_the_round_trip_through_their_file(answers: dict[str, Path]) -> None:
     one, other = answer(2), read_prediction(answers["case2"])
     assert np.array_equal(one.answers, other.answers)
     assert np.array_equal(one.reference, other.reference)
@@ -187,7 +187,7 @@ def test_threads_that_read_files_parse_one_header_at_a_time(
     assert len(Scores(answers).of([Postprocess()])[0]) == 6
 
 
-def test_a_file_that_is_cut_short_is_as_good_as_not_there(answers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_truncated_file_is_treated_as_missing(answers: dict[str, Path], tmp_path: Path) -> None:
     cut = tmp_path / "cut.npz"
     cut.write_bytes(answers["case1"].read_bytes()[:-40])
     assert (is_of(answers["case1"], "1"), is_of(cut, "1"), is_of(answers["case1"], "2")) == (True, False, False)
@@ -202,7 +202,7 @@ def test_without_devices_everything_is_done_in_this_process() -> None:
     assert fold_devices(None, None, config_device="cpu") == (None,)
 
 
-def test_a_device_is_a_process_and_may_come_twice() -> None:
+def test_each_device_is_a_process_and_may_be_given_twice() -> None:
     assert fold_devices("cuda:0, cuda:1,cuda:1", None, config_device="auto") == ("cuda:0", "cuda:1", "cuda:1")
 
 
@@ -216,7 +216,7 @@ def test_a_device_is_a_process_and_may_come_twice() -> None:
         ("cuda:0", None, "cuda:1", "cannot be combined with runtime.device: cuda:1"),
     ],
 )
-def test_devices_that_cannot_be_are_refused(devices: str | None, jobs: int | None, config: str, told: str) -> None:
+def test_invalid_devices_are_refused(devices: str | None, jobs: int | None, config: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         fold_devices(devices, jobs, config_device=config)
 
@@ -225,12 +225,12 @@ def test_devices_that_cannot_be_are_refused(devices: str | None, jobs: int | Non
     ("device", "visible", "seen"),
     [("cuda:1", None, "1"), ("cuda:1", "4,6", "6"), ("cpu", "4,6", ""), ("cuda", "4,6", "4,6"), (None, None, None)],
 )
-def test_a_worker_sees_its_own_gpu_alone(device: str | None, visible: str | None, seen: str | None) -> None:
+def test_a_worker_sees_only_its_own_gpu(device: str | None, visible: str | None, seen: str | None) -> None:
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert worker_environment(device, 2, given=given).get("CUDA_VISIBLE_DEVICES") == seen
 
 
-def test_a_gpu_that_is_hidden_is_refused() -> None:
+def test_a_hidden_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES leaves 1"):
         worker_environment("cuda:1", 2, given={"CUDA_VISIBLE_DEVICES": "3"})
 
@@ -238,9 +238,7 @@ def test_a_gpu_that_is_hidden_is_refused() -> None:
 # What is written
 
 
-def test_each_case_is_predicted_by_the_network_that_has_not_trained_on_its_patient(
-    finished: Path, phantoms: Path
-) -> None:
+def test_each_case_is_predicted_by_the_network_not_trained_on_its_patient(finished: Path, phantoms: Path) -> None:
     folds = read_folds(finished, DataSource(phantoms))
     assert sorted(folds.fold_of()) == sorted(folds.cases)
     for case_id, fold in folds.fold_of().items():
@@ -249,7 +247,7 @@ def test_each_case_is_predicted_by_the_network_that_has_not_trained_on_its_patie
         assert patient_of(case_id) not in trained
 
 
-def test_the_table_has_every_case_without_and_with_rules(finished: Path, phantoms: Path) -> None:
+def test_the_table_has_every_case_with_and_without_rules(finished: Path, phantoms: Path) -> None:
     with (finished / "crossval.csv").open() as file:
         rows = list(csv.DictReader(file))
     cases = sorted(read_folds(finished, DataSource(phantoms)).cases)
@@ -277,7 +275,7 @@ def test_logits_are_counted_in_the_box_around_the_tumour(finished: Path, phantom
         assert kept.logit_counts[0, 1].sum() == np.count_nonzero(kept.reference)
 
 
-def test_the_ensemble_is_calibrated_as_the_cross_validation_says(finished: Path) -> None:
+def test_the_ensemble_has_the_calibration_of_the_cross_validation(finished: Path) -> None:
     told = read(finished / "crossval.json")["calibration"]
     packed = read(finished / "ensemble" / "ensemble.json")["calibration"]
     assert {key: told[key] for key in packed} == packed
@@ -290,7 +288,7 @@ def test_the_ensemble_is_calibrated_as_the_cross_validation_says(finished: Path)
     assert all(0.1 <= value <= 10 for value in packed["temperature"].values())
 
 
-def test_an_answer_without_counts_of_logits_is_made_anew(finished: Path, tmp_path: Path) -> None:
+def test_a_prediction_without_logit_counts_is_recomputed(finished: Path, tmp_path: Path) -> None:
     first = sorted((finished / "out-of-fold").iterdir())[0]
     with np.load(first) as file:
         older = {key: file[key] for key in file.files if key != "logit_counts"}
@@ -301,7 +299,7 @@ def test_an_answer_without_counts_of_logits_is_made_anew(finished: Path, tmp_pat
         read_counts(tmp_path / "older.npz")
 
 
-def test_scores_are_those_of_label_maps_that_predict_writes(
+def test_scores_equal_those_of_label_maps_written_by_predict(
     finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     fold = read(finished / "fold-0" / "split.json")["validation"]
@@ -315,7 +313,7 @@ def test_scores_are_those_of_label_maps_that_predict_writes(
         assert told[f"{region}_hd95_mm"] == pytest.approx(scored[region]["hd95_mm"])
 
 
-def test_the_table_says_what_computed_the_predictions(
+def test_the_table_states_what_computed_the_predictions(
     finished: Path, phantoms: Path, options: list[str], znormseg: Call
 ) -> None:
     runtime = choose_backend("auto", RuntimeConfig(device="cpu"))
@@ -325,7 +323,7 @@ def test_the_table_says_what_computed_the_predictions(
     assert f"predictions: {words}" in znormseg("crossval", phantoms, finished, *options).out
 
 
-def test_predictions_of_a_version_that_did_not_record_its_backend_stay_and_are_named(
+def test_predictions_without_a_recorded_backend_are_kept_and_named(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
@@ -341,7 +339,9 @@ def test_predictions_of_a_version_that_did_not_record_its_backend_stay_and_are_n
 
 
 @pytest.mark.parametrize("told", ["[]", '{"backend": 3}', "torch"])
-def test_an_answer_whose_backend_cannot_be_read_is_damaged(told: str, answers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_prediction_with_an_unreadable_backend_is_damaged(
+    told: str, answers: dict[str, Path], tmp_path: Path
+) -> None:
     with np.load(answers["case1"]) as file:
         np.savez_compressed(tmp_path / "odd.npz", **{**file, "computed_by": np.array(told)})
     for read_one in (read_prediction, read_computed_by):
@@ -349,7 +349,7 @@ def test_an_answer_whose_backend_cannot_be_read_is_damaged(told: str, answers: d
             read_one(tmp_path / "odd.npz")
 
 
-def test_the_ensemble_needs_nothing_else(finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_the_ensemble_is_self_contained(finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     alone = shutil.copytree(finished / "ensemble", tmp_path / "moved")
     case = sorted(read_folds(finished, DataSource(phantoms)).cases)[0]
     assert znormseg("predict", alone, phantoms / case, tmp_path / "out", "--device=cpu").code == 0
@@ -358,7 +358,7 @@ def test_the_ensemble_needs_nothing_else(finished: Path, phantoms: Path, tmp_pat
     assert told["postprocess"] == read(finished / "crossval.json")["tuned"]["postprocess"]
 
 
-def test_the_page_carries_all_it_shows(finished: Path) -> None:
+def test_the_page_is_self_contained(finished: Path) -> None:
     page = (finished / "crossval.html").read_text(encoding="utf-8")
     assert page.count("<h2") == 5
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -368,7 +368,7 @@ def test_the_page_carries_all_it_shows(finished: Path) -> None:
         assert text in page
 
 
-def test_the_command_prints_the_folds_and_what_is_next(
+def test_the_command_prints_the_folds_and_the_next_step(
     finished: Path, phantoms: Path, options: list[str], znormseg: Call
 ) -> None:
     ended = znormseg("crossval", phantoms, finished, *options)
@@ -381,13 +381,13 @@ def test_the_command_prints_the_folds_and_what_is_next(
 # Going on
 
 
-def test_what_is_done_is_not_done_again(finished: Path, phantoms: Path, options: list[str], znormseg: Call) -> None:
+def test_finished_work_is_not_repeated(finished: Path, phantoms: Path, options: list[str], znormseg: Call) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.glob("*/*") if "ensemble" not in path.parts}
     assert znormseg("crossval", phantoms, finished, *options, "--json").code == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_lost_prediction_and_a_lost_fold_come_back_as_they_were(
+def test_a_lost_prediction_and_a_lost_fold_are_reproduced_exactly(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
@@ -403,7 +403,7 @@ def test_a_lost_prediction_and_a_lost_fold_come_back_as_they_were(
     assert (out / "crossval.csv").read_text() == (finished / "crossval.csv").read_text()
 
 
-def test_one_that_was_killed_while_it_began_goes_on(
+def test_a_cross_validation_killed_during_start_up_resumes(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     out = tmp_path / "out"
@@ -414,7 +414,7 @@ def test_one_that_was_killed_while_it_began_goes_on(
     assert weights_of(out) == weights_of(finished)
 
 
-def test_damaged_best_weights_of_a_fold_are_passed_over_for_the_pair_before(
+def test_damaged_best_weights_of_a_fold_fall_back_to_the_previous_pair(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
@@ -451,7 +451,7 @@ def test_other_cases_are_refused(
 
 
 @pytest.mark.parametrize(("folds", "code", "told"), [(1, 4, "--folds takes 2 to 20"), (7, 3, "6 patients for 7 folds")])
-def test_folds_that_cannot_be_are_refused(
+def test_impossible_folds_are_refused(
     *, folds: int, code: int, told: str, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("crossval", phantoms, tmp_path / "out", *options, f"--folds={folds}")
@@ -460,7 +460,7 @@ def test_folds_that_cannot_be_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_cases_of_different_spacings_need_one_to_be_named(
+def test_cases_of_different_spacings_need_an_explicit_spacing(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     import nibabel as nib
@@ -484,7 +484,7 @@ def test_a_damaged_split_of_a_fold_is_refused_with_the_file(finished: Path, phan
         read_folds(out, DataSource(phantoms))
 
 
-def test_a_folder_that_holds_something_else_is_refused(
+def test_a_folder_with_other_files_is_refused(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     (tmp_path / "notes").write_text("mine")
@@ -505,7 +505,7 @@ def wait_for(process: subprocess.Popen[str], seen: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-def test_interrupted_twice_the_same_command_ends_with_an_ensemble_and_a_page(
+def test_after_two_interruptions_the_same_command_ends_with_an_ensemble_and_a_page(
     tmp_path: Path, znormseg_process: Call, shell: Call
 ) -> None:
     from data.phantoms import write_phantoms
@@ -541,7 +541,7 @@ def test_interrupted_twice_the_same_command_ends_with_an_ensemble_and_a_page(
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(
+def test_two_processes_give_the_same_result_as_one(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call, shell: Call
 ) -> None:
     one = {"OMP_NUM_THREADS": "1"}
@@ -553,7 +553,7 @@ def test_two_processes_do_what_one_does(
 
 
 @pytest.mark.slow
-def test_a_signal_stops_the_other_processes_and_the_same_command_goes_on(
+def test_a_signal_stops_all_processes_and_the_same_command_resumes(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg_process: Call
 ) -> None:
     import psutil
@@ -577,7 +577,7 @@ def test_a_signal_stops_the_other_processes_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_named_and_the_others_are_saved(
+def test_a_killed_process_is_named_and_the_others_are_saved(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg_process: Call
 ) -> None:
     import psutil
@@ -596,7 +596,7 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_saved(
 # The page made anew
 
 
-def test_the_page_made_anew_is_the_page(finished: Path, tmp_path: Path) -> None:
+def test_a_regenerated_page_is_identical(finished: Path, tmp_path: Path) -> None:
     from app.reports.report import report
 
     made = report(finished, tmp_path / "pages")
@@ -604,7 +604,7 @@ def test_the_page_made_anew_is_the_page(finished: Path, tmp_path: Path) -> None:
     assert made.page.read_text(encoding="utf-8") == (finished / "crossval.html").read_text(encoding="utf-8")
 
 
-def test_a_cross_validation_that_has_not_ended_has_no_page(finished: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_an_unfinished_cross_validation_has_no_page(finished: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "begun").mkdir()
     shutil.copy(finished / "folds.json", tmp_path / "begun")
     ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
@@ -616,7 +616,7 @@ def test_a_cross_validation_that_has_not_ended_has_no_page(finished: Path, tmp_p
 
 
 @pytest.mark.parametrize("jobs", [None, pytest.param("2", marks=pytest.mark.slow)])
-def test_each_fold_starts_from_the_network_that_never_saw_its_cases(
+def test_each_fold_starts_from_the_network_not_trained_on_its_validation_cases(
     *, jobs: str | None, finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     out, ensemble = tmp_path / "out", finished / "ensemble"
@@ -644,7 +644,7 @@ def test_the_earlier_cross_validation_must_have_had_the_same_cases(
     assert "needs the cases that the ensemble was cross-validated on" in done.err
 
 
-def test_a_run_is_not_what_a_cross_validation_starts_from(
+def test_a_cross_validation_cannot_start_from_a_run(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     done = znormseg("crossval", phantoms, tmp_path / "out", *options, "--init-from", finished / "fold-0")
@@ -685,7 +685,7 @@ def exchanged(ensemble: Path) -> None:
         (no_networks, [], 5, "damaged, it does not contain the folds and their networks"),
     ],
 )
-def test_ensembles_that_no_fold_can_start_from_are_refused_before_the_folder_is_made(
+def test_unsuitable_ensembles_are_refused_before_the_folder_is_created(
     *,
     spoil: Call,
     more: list[str],
@@ -723,13 +723,17 @@ def test_another_ensemble_on_resume_is_refused(
         require_same(folds)
 
 
-def test_no_ensemble_on_resume_is_refused(started: Path, phantoms: Path, options: list[str], znormseg: Call) -> None:
+def test_resuming_without_the_ensemble_is_refused(
+    started: Path, phantoms: Path, options: list[str], znormseg: Call
+) -> None:
     done = znormseg("crossval", phantoms, started, *options)
     assert done.code == 4
     assert "Different: --init-from: an ensemble -> none" in done.err
 
 
-def test_the_ensemble_is_read_once(ensemble: Path, phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
+def test_the_ensemble_is_read_only_once(
+    ensemble: Path, phantoms: Path, tiny_settings: list[str], tmp_path: Path
+) -> None:
     config = load_config("laptop", tiny_settings)
     folds = deal(DataSource(phantoms), tmp_path / "out", config, init_from=ensemble)
     listed = weights_of(tmp_path)

@@ -36,19 +36,19 @@ def folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
 
-def test_the_largest_logit_of_a_case_counts(folds: Any) -> None:
+def test_a_case_has_its_largest_logit(folds: Any) -> None:
     scores, _ = presence.measure_presence(folds)
     decided = {name: int(found >= scores.thresholds[0]) for name, (found,) in scores.probability.items()}
     assert decided == {name: label for name, (_, label) in ANSWERS.items()}
     assert scores.truth == {name: (label,) for name, (_, label) in ANSWERS.items()}
 
 
-def test_scores_with_thresholds_of_the_same_cases_say_so(folds: Any) -> None:
+def test_scores_with_thresholds_from_the_same_cases_are_marked(folds: Any) -> None:
     scores, _ = presence.measure_presence(folds)
     assert any("fitted on these same cases" in remark for remark in scores.remarks()[:-1])
 
 
-def test_answers_without_their_labels_are_damaged(folds: Any) -> None:
+def test_predictions_without_labels_are_reported_as_damaged(folds: Any) -> None:
     folds.prediction_file("a").write_text(json.dumps({"logits": [[1.0]], "labels": []}))
     with pytest.raises(RunError, match=r"a\.json: damaged \(logits of shape \(1, 1\) and 0 labels\)"):
         presence.measure_presence(folds)

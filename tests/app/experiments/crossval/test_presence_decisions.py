@@ -12,13 +12,13 @@ TRUTH = np.tile([0.0, 1.0], 20)
 FOLDS = np.arange(40) // 2 % 5
 
 
-def test_separated_answers_get_a_threshold_between_them_and_no_errors_on_folds_left_out() -> None:
+def test_separable_predictions_get_a_threshold_in_between_and_no_held_out_errors() -> None:
     fitted = fit_decision(np.where(TRUTH == 1, 2.0, -2.0) + np.linspace(-0.5, 0.5, 40), TRUTH, FOLDS)
     assert (fitted.sensitivity, fitted.specificity) == (1.0, 1.0)
     assert fitted.decision.tuned
 
 
-def test_overconfident_answers_are_scaled_down() -> None:
+def test_overconfident_predictions_are_scaled_down() -> None:
     logits = np.where(TRUTH == 1, 20.0, -20.0)
     logits[:8] *= -1  # a fifth is wrong
     fitted = fit_decision(logits, TRUTH, FOLDS)
@@ -35,17 +35,17 @@ def test_a_scaling_that_does_not_help_is_not_kept() -> None:
     assert fitted.decision.slope == 1 or fitted.brier_after < fitted.brier_before
 
 
-def test_one_class_alone_leaves_the_decision_untuned() -> None:
+def test_a_single_class_leaves_the_decision_untuned() -> None:
     fitted = fit_decision(np.zeros(4), np.ones(4), np.array([0, 0, 1, 1]))
     assert (fitted.decision.tuned, fitted.decision.threshold, fitted.specificity) == (False, 0.5, None)
 
 
-def test_of_equally_good_thresholds_the_one_in_the_widest_gap_is_taken() -> None:
+def test_ties_between_thresholds_go_to_the_widest_gap() -> None:
     probability, truth = np.array([0.1, 0.2, 0.3, 0.7, 0.8]), np.array([0.0, 1.0, 0.0, 1.0, 1.0])
     assert best_threshold(probability, truth) == pytest.approx(0.5)
 
 
-def test_a_gate_keeps_every_present_example_and_removes_what_is_below_all_of_them() -> None:
+def test_a_gate_keeps_all_present_examples_and_removes_those_below_them() -> None:
     logits = np.where(TRUTH == 1, 1.0, -1.0) + np.linspace(-2.0, 2.0, 40)
     fitted = fit_decision(logits, TRUTH, FOLDS)
     kept = fitted.decision.probability(logits) >= fitted.decision.gate_threshold
@@ -54,7 +54,7 @@ def test_a_gate_keeps_every_present_example_and_removes_what_is_below_all_of_the
     assert fitted.decision.gate_threshold < fitted.decision.threshold
 
 
-def test_the_threshold_of_a_gate_is_tried_on_folds_that_did_not_choose_it() -> None:
+def test_the_threshold_of_a_gate_is_tested_on_folds_that_did_not_choose_it() -> None:
     logits = np.where(TRUTH == 1, 2.0, -2.0)
     logits[1] = -3.0  # present in fold 0, and lower than all others
     fitted = fit_decision(logits, TRUTH, FOLDS)
@@ -63,16 +63,18 @@ def test_the_threshold_of_a_gate_is_tried_on_folds_that_did_not_choose_it() -> N
 
 
 @pytest.mark.parametrize(("probability", "expected"), [([0.2, 0.6, 0.8], 0.4), ([0.7, 0.6, 0.8], 0.3)])
-def test_the_threshold_of_a_gate_is_halfway_to_what_it_removes(probability: list[float], expected: float) -> None:
+def test_the_threshold_of_a_gate_is_halfway_to_the_highest_removed_example(
+    probability: list[float], expected: float
+) -> None:
     assert gate_threshold(np.array(probability), np.array([0.0, 1.0, 1.0])) == pytest.approx(expected)
 
 
-def test_platt_scaling_keeps_the_order_of_answers_that_are_right_on_average() -> None:
+def test_platt_scaling_keeps_the_order_of_predictions() -> None:
     slope, _ = platt_scaling(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([0.0, 0.0, 1.0, 1.0]))
     assert slope > 0
 
 
-def test_answers_that_are_worse_than_chance_are_neither_scaled_nor_decided_by() -> None:
+def test_predictions_worse_than_chance_are_neither_scaled_nor_used_for_decisions() -> None:
     fitted = fit_decision(np.where(TRUTH == 1, -2.0, 2.0), TRUTH, FOLDS)
     assert fitted.slope is not None
     assert fitted.slope < 0

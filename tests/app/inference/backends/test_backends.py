@@ -60,7 +60,7 @@ def arrays_of(network: nn.Module) -> dict[str, Any]:
 
 @each_network
 @torch.inference_mode()
-def test_a_graph_computed_by_torch_is_the_network_it_was_traced_from(config: NetworkConfig) -> None:
+def test_a_graph_run_by_torch_equals_the_network_it_was_traced_from(config: NetworkConfig) -> None:
     network, image = a_network(config), an_image()
     twin = GraphNetwork(trace(network, in_channels=4), network.state_dict()).eval()
     assert torch.equal(twin(image), network(image))
@@ -77,7 +77,7 @@ def test_a_graph_keeps_the_state_dict_of_its_network(config: NetworkConfig) -> N
 @with_openvino
 @each_network
 @torch.inference_mode()
-def test_openvino_in_float32_gives_the_logits_of_torch(config: NetworkConfig) -> None:
+def test_openvino_in_float32_gives_the_same_logits_as_torch(config: NetworkConfig) -> None:
     network, image = a_network(config), an_image()
     expected = network(image).numpy()
     compiled = CompiledNetwork(
@@ -88,7 +88,7 @@ def test_openvino_in_float32_gives_the_logits_of_torch(config: NetworkConfig) ->
 
 @pytest.mark.skipif(limit_below_avx512() is not None, reason="OpenVINO needs AVX-512 for bfloat16")
 @torch.inference_mode()
-def test_openvino_in_bfloat16_calls_few_voxels_another_region() -> None:
+def test_openvino_in_bfloat16_changes_the_region_of_few_voxels() -> None:
     network, image = a_network(CONFIGS["segresnet"]), an_image()
     graph, shape = trace(network, in_channels=4), (1, 4, 16, 24, 16)
     full, half = (
@@ -100,24 +100,24 @@ def test_openvino_in_bfloat16_calls_few_voxels_another_region() -> None:
 
 
 @each_network
-def test_a_graph_goes_to_json_and_back(config: NetworkConfig) -> None:
+def test_a_graph_survives_the_round_trip_through_json(config: NetworkConfig) -> None:
     graph = trace(a_network(config), in_channels=4)
     assert graph_from_json(json.loads(json.dumps(graph.to_json()))) == graph
 
 
 @each_network
-def test_a_graph_knows_what_sides_of_patches_its_network_takes(config: NetworkConfig) -> None:
+def test_a_graph_knows_the_valid_patch_sizes_of_its_network(config: NetworkConfig) -> None:
     assert divisor(trace(a_network(config), in_channels=4)) == patch_divisor(config)
 
 
-def test_tracing_leaves_a_network_in_training_mode_as_it_is() -> None:
+def test_tracing_leaves_a_network_in_training_mode() -> None:
     network = a_network(CONFIGS["resenc, deep supervision"]).train()
     trace(network, in_channels=4)
     assert network.training
     assert len(network(an_image())) > 1
 
 
-def test_a_network_that_does_something_unknown_is_no_graph() -> None:
+def test_a_network_with_an_unknown_operation_has_no_graph() -> None:
     with pytest.raises(ValueError, match="no operation for Softplus"):
         trace(nn.Sequential(nn.Conv3d(4, 3, 1), nn.Softplus()), in_channels=4)
 
@@ -146,7 +146,7 @@ def spoiled(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         lambda content: content["operations"][0]["settings"].update(epsilon=1),
     ],
 )
-def test_a_graph_that_is_none_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
+def test_an_invalid_graph_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
     with pytest.raises((ValueError, KeyError)):
         graph_from_json(spoiled(change))
 
@@ -161,13 +161,13 @@ def test_missing_weights_are_named() -> None:
 
 
 @with_openvino
-def test_on_a_cpu_auto_takes_openvino_and_says_why(tmp_path: Path) -> None:
+def test_on_a_cpu_auto_uses_openvino_and_says_why(tmp_path: Path) -> None:
     runtime = choose_backend("auto", RuntimeConfig(), devices=tmp_path)
     assert runtime.backend == "openvino"
     assert runtime.reasons[0] == "backend openvino: on a CPU it is faster than torch"
 
 
-def test_without_openvino_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_openvino_auto_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "_is_installed", lambda: False)
     runtime = choose_backend("auto", RuntimeConfig(device="cpu"))
     assert runtime.backend == "torch"
@@ -180,7 +180,7 @@ def test_openvino_on_a_gpu_is_refused() -> None:
 
 
 @pytest.mark.parametrize("limit", ["SSE41", "avx"])
-def test_without_avx2_auto_takes_torch_and_openvino_is_refused(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_avx2_auto_uses_torch_and_openvino_is_refused(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     runtime = choose_backend("auto", RuntimeConfig(device="cpu"))
     assert (runtime.backend, runtime.precision_name) == ("torch", "float32")
@@ -190,7 +190,7 @@ def test_without_avx2_auto_takes_torch_and_openvino_is_refused(limit: str, monke
 
 
 @pytest.mark.parametrize(("flags", "backend"), [({"avx"}, "torch"), ({"avx2"}, "openvino"), (set(), "openvino")])
-def test_openvino_is_for_cpus_with_avx2_and_those_whose_flags_are_not_known(
+def test_openvino_is_used_on_cpus_with_avx2_or_unknown_flags(
     flags: set[str], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
@@ -205,7 +205,7 @@ def test_bfloat16_is_refused_where_onednn_may_not_use_avx512(limit: str, monkeyp
         choose_backend("openvino", RuntimeConfig(device="cpu", precision="bfloat16"))
 
 
-def test_a_gpu_is_looked_for_where_its_driver_shows_itself(tmp_path: Path) -> None:
+def test_a_gpu_is_only_looked_for_if_its_driver_is_visible(tmp_path: Path) -> None:
     assert not may_have_gpu(tmp_path)
     (tmp_path / "nvidiactl").touch()
     assert may_have_gpu(tmp_path)
@@ -225,7 +225,7 @@ def a_run_without_graph(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @with_openvino
-def test_a_run_of_an_older_version_is_traced_when_it_is_loaded(a_run_without_graph: Path, tiny_run: Path) -> None:
+def test_a_run_of_an_older_version_is_traced_on_loading(a_run_without_graph: Path, tiny_run: Path) -> None:
     from app.inference.model import load_model
 
     runtime = choose_backend("openvino", RuntimeConfig())
@@ -264,7 +264,7 @@ def test_predict_on_a_cpu_imports_neither_torch_nor_monai(
 
 
 @with_openvino
-def test_both_backends_give_one_label_map_in_float32(tiny_run: Path, phantoms: Path) -> None:
+def test_both_backends_give_the_same_label_map_in_float32(tiny_run: Path, phantoms: Path) -> None:
     from app.inference.model import load_model
     from app.inference.probabilities import predict_codes
     from data.datasets.layouts import find_cases
@@ -282,7 +282,7 @@ def test_both_backends_give_one_label_map_in_float32(tiny_run: Path, phantoms: P
 
 @with_openvino
 @torch.inference_mode()
-def test_openvino_is_told_which_contrasts_are_there_as_torch_is() -> None:
+def test_openvino_gets_the_presence_of_contrasts_like_torch() -> None:
     from app.inference.backends.executors import OpenvinoEngine
 
     network, image = a_network(CONFIGS["unet"], in_channels=8), an_image().relu()
@@ -296,7 +296,7 @@ def test_openvino_is_told_which_contrasts_are_there_as_torch_is() -> None:
 
 
 @with_openvino
-def test_openvino_takes_as_many_threads_as_openmp_would(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openvino_uses_as_many_threads_as_openmp_would(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from app.inference.backends import openvino_backend
     from app.inference.model import load_model
 
@@ -311,7 +311,7 @@ def test_openvino_takes_as_many_threads_as_openmp_would(tiny_run: Path, monkeypa
 
 
 @with_openvino
-def test_a_smaller_window_is_compiled_anew(tiny_run: Path) -> None:
+def test_a_smaller_window_is_recompiled(tiny_run: Path) -> None:
     from app.inference.model import load_model
 
     runtime = choose_backend("openvino", RuntimeConfig())
@@ -327,7 +327,7 @@ def test_a_smaller_window_is_compiled_anew(tiny_run: Path) -> None:
 
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("affine", [True, False])
-def test_the_norm_for_a_gpu_is_the_instance_norm_and_keeps_channels_innermost(samples: int, affine: bool) -> None:
+def test_the_gpu_norm_equals_the_instance_norm_and_keeps_channels_last(samples: int, affine: bool) -> None:
     x = torch.randn(samples, 4, 3, 5, 6).mul_(3).add_(7).contiguous(memory_format=torch.channels_last_3d)
     weight, bias = (torch.randn(4) if affine else None for _ in range(2))
     found = norm_channels_last(x, weight=weight, bias=bias, eps=1e-5)
@@ -336,7 +336,7 @@ def test_the_norm_for_a_gpu_is_the_instance_norm_and_keeps_channels_innermost(sa
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_gpu_computes_so_many_windows_at_once_that_they_have_the_voxels_of_one_of_128(tiny_run: Path) -> None:
+def test_a_gpu_batches_windows_up_to_the_voxels_of_one_128_cube(tiny_run: Path) -> None:
     from app.inference.model import load_model
 
     runtime = choose_backend("torch", RuntimeConfig(device="cpu"))

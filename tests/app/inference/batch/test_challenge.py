@@ -19,7 +19,7 @@ from data.errors import DataError
 Call = Callable[..., Any]
 
 
-def test_the_output_holds_a_label_map_a_case_and_nothing_else(
+def test_the_output_contains_exactly_one_label_map_per_case(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", "--challenge", tiny_run, phantoms, tmp_path / "output")
@@ -28,7 +28,7 @@ def test_the_output_holds_a_label_map_a_case_and_nothing_else(
     assert sorted(path.name for path in (tmp_path / "output").iterdir()) == wanted
 
 
-def test_the_label_maps_are_those_of_predict(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_the_label_maps_equal_those_of_predict(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = sorted(phantoms.iterdir())[0]
     znormseg("predict", tiny_run, case, tmp_path / "plain")
     znormseg("predict", "--challenge", tiny_run, case, tmp_path / "challenge")
@@ -36,14 +36,14 @@ def test_the_label_maps_are_those_of_predict(tiny_run: Path, phantoms: Path, tmp
     assert (tmp_path / "challenge" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-def test_without_folders_those_of_the_container_are_taken(znormseg: Call) -> None:
+def test_the_folders_default_to_those_of_the_container(znormseg: Call) -> None:
     ended = znormseg("predict", "--challenge")
     assert ended.code in (3, 5)
     assert "/input" in ended.err or "/model" in ended.err
 
 
 @pytest.mark.parametrize("words", [["a", "b"], ["a", "b", "c", "--uncertainty"], ["a", "b", "--t1", "x"]], ids=" ".join)
-def test_what_does_not_go_with_it_is_refused(words: list[str], znormseg: Call) -> None:
+def test_incompatible_options_are_refused(words: list[str], znormseg: Call) -> None:
     ended = znormseg("predict", "--challenge", *words)
     assert ended.code == 2
     assert "--challenge" in ended.err
@@ -61,7 +61,7 @@ def test_label_maps_are_not_written_among_scans_or_into_the_run(
     assert sorted(output.iterdir()) == before
 
 
-def test_ray_does_not_go_with_it(znormseg: Call) -> None:
+def test_ray_is_refused(znormseg: Call) -> None:
     ended = znormseg("predict", "--challenge", "a", "b", "c", "--engine", "ray")
     assert (ended.code, "one host" in ended.err) == (2, True)
 
@@ -74,7 +74,7 @@ def test_a_file_of_a_case_is_not_replaced(phantoms: Path, tmp_path: Path) -> Non
         Delivery(output=folder).create_folder([renamed])
 
 
-def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(
+def test_an_output_that_is_a_file_is_refused_before_any_work(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InThisProcess, "work", lambda *_: pytest.fail("a case was begun"))
@@ -83,7 +83,7 @@ def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(
     assert (ended.code, "is a file" in ended.err) == (3, True)
 
 
-def test_what_is_done_before_a_stop_is_delivered_and_the_message_says_where(
+def test_label_maps_finished_before_a_stop_are_delivered_and_the_message_says_where(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = InThisProcess.work
@@ -99,9 +99,7 @@ def test_what_is_done_before_a_stop_is_delivered_and_the_message_says_where(
     assert f"are in {tmp_path / 'output'}" in ended.err
 
 
-def test_the_json_names_the_files_that_are_there(
-    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
-) -> None:
+def test_the_json_lists_the_existing_files(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = sorted(phantoms.iterdir())[0]
     ended = znormseg("predict", "--challenge", "--json", tiny_run, case, tmp_path / "output")
     content = json.loads(ended.out)

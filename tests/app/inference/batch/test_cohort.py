@@ -98,7 +98,7 @@ def results(folder: Path) -> dict[str, Any]:
 # What is finished is kept
 
 
-def test_a_second_time_every_case_is_skipped_and_no_file_is_touched(tiny_run: Path, done: Path) -> None:
+def test_a_second_run_skips_every_case_and_touches_no_file(tiny_run: Path, done: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (done / "out").glob("Bra*")}
     outcome = predict_all(tiny_run, done).to_json()
     assert outcome["skipped"] == [case["case"] for case in outcome["cases"]]
@@ -131,9 +131,7 @@ def point_elsewhere(done: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [spoil_json, spoil_label_map, change_input, lose_label_map, point_elsewhere])
-def test_a_case_of_which_something_changed_is_done_again_alone(
-    spoil: Callable[[Path], None], tiny_run: Path, done: Path
-) -> None:
+def test_only_a_changed_case_is_repeated(spoil: Callable[[Path], None], tiny_run: Path, done: Path) -> None:
     spoil(done)
     predict_all(tiny_run, done)
     assert statuses(done / "out") == {"0": "done", "1": "skipped", "2": "skipped"}
@@ -145,12 +143,12 @@ def test_a_case_of_which_something_changed_is_done_again_alone(
     [{"options": PredictOptions(labels=CONVENTIONS["brats2023"])}, {"overwrite": True}],
     ids=["labels", "overwrite"],
 )
-def test_other_options_or_overwrite_do_every_case_again(more: dict[str, Any], tiny_run: Path, done: Path) -> None:
+def test_other_options_or_overwrite_repeat_every_case(more: dict[str, Any], tiny_run: Path, done: Path) -> None:
     predict_all(tiny_run, done, **more)
     assert set(statuses(done / "out").values()) == {"done"}
 
 
-def test_a_case_for_which_memory_was_short_is_done_again_with_another_bound_alone(tiny_run: Path, done: Path) -> None:
+def test_a_case_that_ran_out_of_memory_is_repeated_only_with_another_limit(tiny_run: Path, done: Path) -> None:
     from app.runs.training_record import training_record
 
     path = done / "out" / "BraTS2021_00000.json"
@@ -175,7 +173,7 @@ def test_the_weights_decide_whether_a_case_is_finished(tiny_run: Path, done: Pat
     assert finished_content(case, done / "out", {**settings, "weights_sha256": "0" * 64}) is None
 
 
-def test_a_result_of_nobody_knows_what_is_replaced(tiny_run: Path, done: Path, predicted: Path) -> None:
+def test_a_result_of_unknown_origin_is_replaced(tiny_run: Path, done: Path, predicted: Path) -> None:
     (done / "out" / f"{CASE}.nii.gz").write_text("old")
     (done / "out" / f"{CASE}.json").unlink()
     predict_all(tiny_run, done)
@@ -183,7 +181,7 @@ def test_a_result_of_nobody_knows_what_is_replaced(tiny_run: Path, done: Path, p
     assert (done / "out" / place).read_bytes() == (predicted / "out" / place).read_bytes()
 
 
-def test_the_command_says_how_many_were_finished(tiny_run: Path, done: Path, znormseg: Call) -> None:
+def test_the_command_reports_how_many_cases_were_already_finished(tiny_run: Path, done: Path, znormseg: Call) -> None:
     ended = znormseg("predict", tiny_run, done / "in", done / "out", "--device", "cpu", "--json")
     assert ended.code == 0
     assert "3 of 3 cases were already finished" in ended.err
@@ -193,7 +191,7 @@ def test_the_command_says_how_many_were_finished(tiny_run: Path, done: Path, zno
 # Killed and partial files
 
 
-def test_partial_files_of_processes_that_are_gone_are_removed_and_others_stay(tmp_path: Path) -> None:
+def test_partial_files_of_dead_processes_are_removed_and_others_stay(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     stale = tmp_path / f"{partial_prefix(gone.pid)}a.nii.gz"
@@ -204,7 +202,7 @@ def test_partial_files_of_processes_that_are_gone_are_removed_and_others_stay(tm
     assert all(path.exists() for path in kept)
 
 
-def test_partial_files_stay_while_somebody_else_is_at_work(tmp_path: Path) -> None:
+def test_partial_files_stay_while_another_process_is_working(tmp_path: Path) -> None:
     from app.inference.batch.output_folder import at_work
 
     stale = tmp_path / f"{partial_prefix(2**30)}a.nii.gz"
@@ -253,7 +251,7 @@ def twelve(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_cohort_killed_ten_times_ends_as_one_that_was_not(
+def test_a_cohort_killed_ten_times_ends_like_an_uninterrupted_one(
     tiny_run: Path, twelve: Path, tmp_path: Path, shell: Call, znormseg: Call
 ) -> None:
     out = tmp_path / "out"
@@ -268,7 +266,7 @@ def test_a_cohort_killed_ten_times_ends_as_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_a_cohort_of_several_processes_goes_on_after_a_kill(
+def test_a_cohort_of_several_processes_resumes_after_a_kill(
     tiny_run: Path, twelve: Path, tmp_path: Path, znormseg_process: Call
 ) -> None:
     command = ["predict", tiny_run, twelve / "in", tmp_path / "out", "--device=cpu", "--workers=2"]
@@ -291,7 +289,7 @@ def test_a_cohort_of_several_processes_goes_on_after_a_kill(
 
 
 @pytest.mark.slow
-def test_two_workers_write_what_one_process_does(
+def test_two_workers_write_the_same_as_one_process(
     tiny_run: Path, done: Path, predicted: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, done / "in", tmp_path / "two", "--device=cpu", "--workers=2", "--json")
@@ -305,7 +303,7 @@ def test_two_workers_write_what_one_process_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_cases_of_a_worker_that_is_lost_are_done_by_another(
+def test_the_cases_of_a_lost_worker_are_taken_over_by_another(
     number: signal.Signals, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg_process: Call
 ) -> None:
     process = znormseg_process("predict", tiny_run, phantoms, tmp_path, "--device=cpu", "--workers=2")
@@ -319,7 +317,7 @@ def test_the_cases_of_a_worker_that_is_lost_are_done_by_another(
 
 
 @pytest.mark.slow
-def test_a_worker_that_cannot_begin_stops_the_cohort_with_its_reason(
+def test_a_worker_that_cannot_start_stops_the_cohort_with_the_reason(
     tiny_run: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.inference.batch.parallel import InProcesses
@@ -330,7 +328,7 @@ def test_a_worker_that_cannot_begin_stops_the_cohort_with_its_reason(
 
 
 @pytest.mark.slow
-def test_a_case_that_ends_its_worker_each_time_fails_by_name_and_the_others_are_done(
+def test_a_case_that_always_kills_its_worker_is_named_and_the_others_finish(
     tiny_run: Path, cohort: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "site").mkdir()
@@ -362,7 +360,7 @@ sys.addaudithook(deadly)
         (["--devices", "tpu"], "--devices takes auto, a number of GPUs"),
     ],
 )
-def test_a_wrong_engine_is_refused_before_anything_is_written(
+def test_an_invalid_engine_is_refused_before_anything_is_written(
     *, arguments: list[str], words: str, tiny_run: Path, cohort: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, cohort, tmp_path / "out", *arguments)
@@ -371,19 +369,19 @@ def test_a_wrong_engine_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_devices_are_all_gpus_a_number_of_them_or_names() -> None:
+def test_devices_can_be_all_gpus_a_number_or_names() -> None:
     assert devices_of("auto", 3) == ("cuda:0", "cuda:1", "cuda:2")
     assert devices_of("2", 4) == ("cuda:0", "cuda:1")
     assert devices_of("cuda:1, cuda:3", 4) == ("cuda:1", "cuda:3")
 
 
 @pytest.mark.parametrize("text", ["auto", "3", "cuda:2"])
-def test_gpus_that_are_not_there_are_a_matter_of_the_machine(text: str) -> None:
+def test_missing_gpus_are_a_machine_error(text: str) -> None:
     with pytest.raises(DeviceError, match="GPU"):
         devices_of(text, 0)
 
 
-def test_a_job_and_its_cases_survive_the_way_through_json(cohort: Path) -> None:
+def test_a_job_and_its_cases_survive_the_round_trip_through_json(cohort: Path) -> None:
     job = PredictJob(
         run=Path("run"),
         output=Path("out"),
@@ -483,7 +481,7 @@ def test_the_next_case_is_read_while_this_one_is_computed(through: Call) -> None
     }
 
 
-def test_no_more_than_one_case_is_read_ahead(through: Call) -> None:
+def test_at_most_one_case_is_read_ahead(through: Call) -> None:
     def compute(case: str, happened: list[str]) -> None:
         time.sleep(0.05)
         assert case != "a" or "read d" not in happened
@@ -517,7 +515,7 @@ def test_several_readers_read_large_cases_one_at_a_time(through: Call) -> None:
     ("device", "options", "several"),
     [("cuda:0", DEFAULTS, True), ("cpu", DEFAULTS, False), ("cuda:0", PredictOptions(max_memory_gb=6), False)],
 )
-def test_several_threads_read_for_a_gpu_unless_memory_is_bounded(
+def test_several_threads_read_for_a_gpu_unless_memory_is_limited(
     device: str, options: PredictOptions, several: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from app.inference.batch import predict
@@ -529,7 +527,7 @@ def test_several_threads_read_for_a_gpu_unless_memory_is_bounded(
     assert (steps.readers > 1, steps.writers > 1) == (several, several)
 
 
-def test_what_is_written_is_the_same_if_it_is_made_on_several_threads_as_for_a_gpu(
+def test_the_output_is_the_same_with_the_threads_used_for_a_gpu(
     tiny_run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.inference.batch.predict import PredictSteps, predict
@@ -552,16 +550,14 @@ def test_a_large_case_is_not_read_ahead(through: Call) -> None:
     assert happened == ["read a", "computed a", "read b", "read c", "computed c", "read d", "computed d"]
 
 
-def test_nothing_is_read_ahead_where_memory_is_bounded(through: Call) -> None:
+def test_nothing_is_read_ahead_if_memory_is_limited(through: Call) -> None:
     bounded = PredictOptions(max_memory_gb=6)
     _, happened = through(options=bounded, compute=lambda case, happened: time.sleep(0.02))
     assert happened == ["read a", "computed a", "read b", "read c", "computed c", "read d", "computed d"]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
-def test_a_case_for_which_memory_is_not_enough_fails_by_name_and_the_others_go_on(
-    error: Exception, through: Call
-) -> None:
+def test_a_case_that_runs_out_of_memory_is_named_and_the_others_continue(error: Exception, through: Call) -> None:
     def compute(case: str, happened: list[str]) -> None:
         if case == "c":
             raise error
@@ -574,7 +570,7 @@ def test_a_case_for_which_memory_is_not_enough_fails_by_name_and_the_others_go_o
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_what_is_computed_before_the_end_is_written(error: type[BaseException], through: Call, tmp_path: Path) -> None:
+def test_cases_computed_before_the_end_are_written(error: type[BaseException], through: Call, tmp_path: Path) -> None:
     def compute(case: str, happened: list[str]) -> None:
         if case == "c":
             raise error
@@ -593,7 +589,7 @@ def test_the_json_of_a_case_has_the_hash_of_each_file_that_was_written(done: Pat
     assert content["made_from"]["files_sha256"] == {f"{CASE}.nii.gz": file_sha256(done / "out" / f"{CASE}.nii.gz")}
 
 
-def test_a_failed_case_stands_in_the_manifest_with_its_message(tiny_run: Path, done: Path) -> None:
+def test_a_failed_case_is_in_the_manifest_with_its_message(tiny_run: Path, done: Path) -> None:
     broken = done / "in" / CASE / f"{CASE}_t2.nii.gz"
     broken.write_bytes(broken.read_bytes()[:1000])
     predict_all(tiny_run, done)
@@ -602,7 +598,7 @@ def test_a_failed_case_stands_in_the_manifest_with_its_message(tiny_run: Path, d
     assert str(broken) in first["message"]
 
 
-def test_an_interrupted_command_writes_the_manifest_of_what_is_done(
+def test_an_interrupted_command_writes_the_manifest_of_the_finished_cases(
     tiny_run: Path, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.errors import InterruptedRunError
@@ -621,7 +617,7 @@ def test_an_interrupted_command_writes_the_manifest_of_what_is_done(
     assert statuses(done / "out") == {"0": "done", "1": "left", "2": "left"}
 
 
-def test_evaluate_takes_a_folder_with_a_manifest(done: Path, znormseg: Call) -> None:
+def test_evaluate_accepts_a_folder_with_a_manifest(done: Path, znormseg: Call) -> None:
     ended = znormseg("evaluate", done / "out", done / "in", "--json")
     assert ended.code == 0, ended.err
     assert len(json.loads(ended.out)["cases"]) == 3
@@ -651,7 +647,7 @@ def test_without_ray_one_line_says_what_to_install(
 
 
 @pytest.mark.slow
-def test_without_a_cluster_ray_starts_one_and_stdout_is_json_alone(
+def test_without_a_cluster_ray_starts_one_and_stdout_is_only_json(
     tiny_run: Path, done: Path, predicted: Path, tmp_path: Path, shell: Call
 ) -> None:
     command = ["znormseg", "predict", tiny_run, done / "in", tmp_path / "ray", "--engine=ray", "--device=cpu", "--json"]
@@ -664,7 +660,7 @@ def test_without_a_cluster_ray_starts_one_and_stdout_is_json_alone(
 
 
 @pytest.mark.slow
-def test_a_node_of_ray_that_is_killed_leaves_its_cases_to_the_other(
+def test_the_cases_of_a_killed_ray_node_are_taken_over_by_the_other(
     tiny_run: Path, twelve: Path, tmp_path: Path, znormseg_process: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.inference.batch.ray_pool import ray_module

@@ -60,7 +60,7 @@ def test_windows_cover_an_axis_from_border_to_border(size: int, side: int, overl
 
 @given(SIZES, SIDES, OVERLAPS)
 @settings(max_examples=300, derandomize=True, deadline=None)
-def test_neighbours_overlap_by_the_share_asked_for_in_whole_voxels(size: int, side: int, overlap: float) -> None:
+def test_neighbours_overlap_by_the_requested_fraction_in_whole_voxels(size: int, side: int, overlap: float) -> None:
     starts = window_starts(size, side, overlap)
     # A share that is no whole number of voxels is rounded down, and windows one voxel apart cannot move closer.
     wanted = min(math.floor(side * overlap + 1e-9), side - 1)
@@ -69,7 +69,7 @@ def test_neighbours_overlap_by_the_share_asked_for_in_whole_voxels(size: int, si
 
 @given(SIZES, SIDES, OVERLAPS)
 @settings(max_examples=300, derandomize=True, deadline=None)
-def test_windows_are_no_more_than_are_needed(size: int, side: int, overlap: float) -> None:
+def test_no_more_windows_than_necessary_are_used(size: int, side: int, overlap: float) -> None:
     needed = 1 + math.ceil(max(0, size - side) / max(1, side * (1 - overlap)) - 1e-9)
     assert needed <= len(window_starts(size, side, overlap)) <= needed + 1
 
@@ -85,7 +85,7 @@ def test_windows_cover_every_voxel_and_stay_inside(shape: tuple[int, int, int], 
     assert covered.all()
 
 
-def test_weights_are_largest_in_the_middle_alike_on_both_sides_and_never_zero() -> None:
+def test_weights_are_symmetric_positive_and_largest_in_the_middle() -> None:
     weights = gaussian_weights((8, 9, 16))
     assert weights.shape == (8, 9, 16)
     assert weights.max() == weights[4, 4, 8] == 1
@@ -94,14 +94,14 @@ def test_weights_are_largest_in_the_middle_alike_on_both_sides_and_never_zero() 
 
 
 @pytest.mark.parametrize("shape", [(40, 33, 17), (16, 16, 16), (50, 16, 5)])
-def test_a_network_that_repeats_its_input_gives_the_volume_back(shape: tuple[int, int, int]) -> None:
+def test_an_identity_network_returns_the_volume(shape: tuple[int, int, int]) -> None:
     image = noise(4, *shape)
     torch.testing.assert_close(logits_of(FirstThree(), image), image[:3], rtol=0, atol=1e-5)
 
 
 @given(st.tuples(*[st.integers(1, 24)] * 3), st.sampled_from([8, 12, 16]), OVERLAPS.filter(lambda x: x <= 0.5))
 @settings(max_examples=25, derandomize=True, deadline=None)
-def test_whatever_the_sizes_the_answer_has_the_shape_of_the_volume(
+def test_the_result_has_the_shape_of_the_volume_for_any_sizes(
     shape: tuple[int, int, int], side: int, overlap: float
 ) -> None:
     image = noise(4, *shape)
@@ -115,20 +115,20 @@ def convolution(width: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("width", [1, 3, 5])
-def test_monai_gives_the_same_with_our_weights_where_both_lay_the_same_windows(width: int) -> None:
+def test_monai_gives_the_same_result_with_our_weights_and_the_same_windows(width: int) -> None:
     network, image, weights = convolution(width), noise(4, 48, 48, 48), gaussian_weights((32, 32, 32))
     theirs = sliding_window_inference(image[None], (32, 32, 32), 1, network, overlap=0.5, roi_weight_map=weights)[0]
     torch.testing.assert_close(logits_of(network, image, side=32), theirs, rtol=0, atol=1e-5)
 
 
-def test_our_weights_above_the_floor_are_those_of_monai_but_for_a_factor() -> None:
+def test_our_weights_above_the_floor_are_proportional_to_those_of_monai() -> None:
     theirs = compute_importance_map((32, 24, 16), "gaussian", sigma_scale=0.125)
     ours = gaussian_weights((32, 24, 16))
     high = ours > 2e-3
     torch.testing.assert_close(ours[high], (theirs / theirs.max())[high], rtol=1e-4, atol=0)
 
 
-def test_monai_gives_nearly_the_same_with_its_own_weights() -> None:
+def test_monai_gives_nearly_the_same_result_with_its_own_weights() -> None:
     network, image = convolution(3), noise(4, 48, 48, 48)
     theirs = sliding_window_inference(
         image[None], (32, 32, 32), 1, network, overlap=0.5, mode="gaussian", sigma_scale=0.125
@@ -140,7 +140,7 @@ def test_monai_gives_nearly_the_same_with_its_own_weights() -> None:
     assert gap.max() < 0.02
 
 
-def test_windows_without_brain_are_not_computed_and_are_sure_background() -> None:
+def test_windows_without_brain_are_skipped_and_are_certain_background() -> None:
     image, network = torch.zeros(4, 64, 16, 16), FirstThree()
     image[:, 50:60] = 1.0
     answer = logits_of(network, image)
@@ -150,7 +150,7 @@ def test_windows_without_brain_are_not_computed_and_are_sure_background() -> Non
     assert (answer[:, 50:60] == 1).all()
 
 
-def test_a_contrast_that_is_there_alone_makes_a_window_worth_computing() -> None:
+def test_a_window_with_only_one_contrast_is_still_computed() -> None:
     image = torch.zeros(4, 16, 16, 16)
     image[3, 8, 8, 8] = 1.0
     assert (logits_of(FirstThree(), image) == 0).all()
@@ -161,7 +161,7 @@ def test_a_volume_that_is_zero_everywhere_is_refused() -> None:
         logits_of(FirstThree(), torch.zeros(4, 16, 16, 16))
 
 
-def test_padding_is_zero_and_alike_on_both_sides() -> None:
+def test_padding_is_zero_and_symmetric() -> None:
     network = FirstThree()
     logits_of(network, torch.ones(4, 10, 16, 16))
     along = network.seen[0][0, 0, :, 0, 0]
@@ -192,7 +192,7 @@ def test_bfloat16_gives_float32_logits_close_to_those_of_float32() -> None:
     torch.testing.assert_close(answer, logits_of(network, image), rtol=0, atol=0.05)
 
 
-def test_logits_blended_in_float16_are_those_in_float32_but_for_rounding() -> None:
+def test_logits_blended_in_float16_equal_those_in_float32_up_to_rounding() -> None:
     image = noise(4, 40, 36, 20)
     image[:, :24, :24] = 0
     whole = logits_of(FirstThree(), image)
@@ -216,7 +216,7 @@ def test_an_image_in_float16_is_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("shape", [(40, 36, 20), (10, 40, 16)])
 @pytest.mark.parametrize("around", [((3, 9), (0, 0), (1, 2)), ((0, 5), (2, 0), (20, 0))])
-def test_zeros_around_an_image_need_not_be_in_memory(shape: tuple[int, int, int], around: Padding) -> None:
+def test_zeros_around_an_image_need_no_memory(shape: tuple[int, int, int], around: Padding) -> None:
     image, torch_network, other = noise(4, *shape), FirstThree(), FirstThree()
     windows = place_windows(image.numpy(), (16, 16, 16), 0.5, around=around)
     found = window_logits(torch_network, image, windows, runtime=cpu())
@@ -227,7 +227,7 @@ def test_zeros_around_an_image_need_not_be_in_memory(shape: tuple[int, int, int]
     assert len(torch_network.seen) == len(other.seen)
 
 
-def test_windows_on_a_mirrored_view_are_those_on_a_mirrored_copy() -> None:
+def test_windows_on_a_mirrored_view_equal_those_on_a_mirrored_copy() -> None:
     image = noise(4, 40, 36, 20)
     image[:, :24, :24] = 0
     view = image.numpy()[:, ::-1, :, ::-1]
@@ -250,7 +250,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_weights_are_cast_once_for_all_windows_and_are_as_trainable_as_before(frozen: bool) -> None:
+def test_weights_are_cast_once_for_all_windows_and_stay_as_trainable_as_before(frozen: bool) -> None:
     network = nn.Conv3d(4, 3, 3, padding="same").eval().requires_grad_(not frozen)
     half = choose_runtime(RuntimeConfig(device="cpu", precision="bfloat16"))
     with Casts((3, 4, 3, 3, 3)) as casts:
@@ -259,7 +259,7 @@ def test_weights_are_cast_once_for_all_windows_and_are_as_trainable_as_before(fr
     assert network.weight.requires_grad is not frozen
 
 
-def test_weights_cast_once_are_those_cast_for_each_window() -> None:
+def test_casting_weights_once_equals_casting_them_for_each_window() -> None:
     network = nn.Conv3d(4, 3, 3, padding="same").eval()
     half = choose_runtime(RuntimeConfig(device="cpu", precision="bfloat16"))
     image = noise(4, 16, 16, 16)

@@ -64,11 +64,11 @@ def down(mock: MockOfMemory, fallback: MemoryFallback | None = None) -> ComputeP
     ],
     ids=["fewer at once", "stitched on the CPU", "smaller windows", "on the CPU", "smaller windows on the CPU"],
 )
-def test_each_rung_of_the_ladder_ends_in_a_result(enough: Callable[[ComputePlan], bool], expected: ComputePlan) -> None:
+def test_each_fallback_gives_a_result(enough: Callable[[ComputePlan], bool], expected: ComputePlan) -> None:
     assert down(MockOfMemory(enough, MemoryError("no room"))) == expected
 
 
-def test_every_step_down_is_told_in_a_sentence() -> None:
+def test_every_fallback_is_reported_in_a_sentence() -> None:
     fallback = MemoryFallback()
     down(MockOfMemory(lambda plan: plan.stitch_on == "cpu", torch.OutOfMemoryError("CUDA out of memory")), fallback)
     assert len(fallback.sentences) == 2
@@ -78,7 +78,7 @@ def test_every_step_down_is_told_in_a_sentence() -> None:
     )
 
 
-def test_what_worked_is_where_the_next_network_of_a_case_begins() -> None:
+def test_the_next_network_of_a_case_starts_with_the_plan_that_worked() -> None:
     fallback, mock = MemoryFallback(), MockOfMemory(lambda plan: plan.device == "cpu", MemoryError())
     down(mock, fallback)
     tried = mock.tried
@@ -86,7 +86,7 @@ def test_what_worked_is_where_the_next_network_of_a_case_begins() -> None:
     assert mock.tried == tried + 1
 
 
-def test_torch_gives_up_the_gpu_memory_that_it_keeps_before_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_releases_cached_gpu_memory_before_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     given_back: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))
@@ -95,7 +95,7 @@ def test_torch_gives_up_the_gpu_memory_that_it_keeps_before_the_next_plan(monkey
     assert len(given_back) == 2
 
 
-def test_where_no_step_is_left_the_case_is_refused() -> None:
+def test_without_a_remaining_fallback_the_case_is_refused() -> None:
     with pytest.raises(DataError, match="not enough memory, not even for windows of 32x32x32"):
         down(MockOfMemory(lambda _: False, MemoryError()))
 
@@ -116,16 +116,16 @@ def test_where_no_step_is_left_the_case_is_refused() -> None:
         (ValueError("out of memory"), False),
     ],
 )
-def test_only_exceptions_that_say_so_are_out_of_memory(error: Exception, is_one: bool) -> None:
+def test_only_explicit_out_of_memory_errors_count_as_such(error: Exception, is_one: bool) -> None:
     assert is_out_of_memory(error) is is_one
 
 
-def test_another_fault_is_not_taken_for_want_of_memory() -> None:
+def test_other_errors_are_not_mistaken_for_out_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         down(MockOfMemory(lambda _: False, RuntimeError("shapes do not fit")))
 
 
-def test_the_plan_halves_logits_before_it_takes_smaller_windows() -> None:
+def test_the_plan_halves_logits_before_it_shrinks_windows() -> None:
     fallback = MemoryFallback(1000 * GB)
     found = fallback.run(
         lambda plan: plan,
@@ -137,18 +137,18 @@ def test_the_plan_halves_logits_before_it_takes_smaller_windows() -> None:
     assert fallback.sentences[0].startswith("planned for --max-memory-gb 1000")
 
 
-def test_a_bound_with_room_changes_nothing() -> None:
+def test_a_generous_limit_changes_nothing() -> None:
     fallback = MemoryFallback(1000 * GB)
     assert fallback.run(lambda plan: plan, FIRST, divisor=16, needed_bytes=lambda _: GB) == FIRST
     assert fallback.sentences == []
 
 
-def test_a_bound_that_nothing_fits_is_an_error_that_names_it() -> None:
+def test_a_limit_that_no_plan_fits_is_an_error_that_names_it() -> None:
     with pytest.raises(DataError, match=r"--max-memory-gb 1 is too little"):
         MemoryFallback(GB).run(lambda plan: plan, FIRST, divisor=16, needed_bytes=lambda _: 2 * GB)
 
 
-def test_windows_get_smaller_down_to_twice_the_divisor_and_no_further() -> None:
+def test_windows_shrink_down_to_twice_the_divisor() -> None:
     window: tuple[int, int, int] | None = (48, 64, 48)
     seen = []
     while window is not None:
@@ -158,7 +158,7 @@ def test_windows_get_smaller_down_to_twice_the_divisor_and_no_further() -> None:
     assert next_plan(ComputePlan(window=(32, 32, 32)), FIRST, 16) is None
 
 
-def test_a_window_around_the_brain_is_the_smallest_that_the_network_takes() -> None:
+def test_a_window_around_the_brain_is_the_smallest_the_network_accepts() -> None:
     assert rounded_up((141, 170, 9), 8) == (144, 176, 16)
 
 
@@ -177,7 +177,7 @@ def an_image(*shape: int) -> Any:
 
 @pytest.mark.parametrize("shape", [(40, 36, 20), (10, 40, 16)], ids=["larger", "smaller along one axis"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_numpy_stitches_windows_as_torch_does(shape: tuple[int, ...], batch: int) -> None:
+def test_numpy_blends_windows_like_torch(shape: tuple[int, ...], batch: int) -> None:
     image, runtime = an_image(*shape), choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
     expected = sliding_logits(Blur(), image, window=(16, 16, 16), overlap=0.5, runtime=runtime)
     found = stitched_logits(
@@ -187,7 +187,7 @@ def test_numpy_stitches_windows_as_torch_does(shape: tuple[int, ...], batch: int
 
 
 @torch.inference_mode()
-def test_torch_gives_the_same_with_several_windows_at_once() -> None:
+def test_torch_gives_the_same_result_with_several_windows_at_once() -> None:
     image, runtime = an_image(40, 36, 20), choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
     windows = place_windows(image, (16, 16, 16), 0.5)
     one, some = (
@@ -196,7 +196,7 @@ def test_torch_gives_the_same_with_several_windows_at_once() -> None:
     torch.testing.assert_close(one, some)
 
 
-def test_logits_in_float16_are_those_in_float32_but_for_rounding() -> None:
+def test_logits_in_float16_equal_those_in_float32_up_to_rounding() -> None:
     image = an_image(40, 36, 20)
     full, half = (
         stitched_logits(
@@ -213,7 +213,7 @@ def test_logits_in_float16_are_those_in_float32_but_for_rounding() -> None:
     np.testing.assert_allclose(half[covered], full[covered], atol=5e-3)
 
 
-def test_a_case_that_goes_from_the_gpu_to_the_cpu_keeps_the_precision_that_was_asked_for(
+def test_falling_back_from_gpu_to_cpu_keeps_the_requested_precision(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
@@ -225,7 +225,7 @@ def test_a_case_that_goes_from_the_gpu_to_the_cpu_keeps_the_precision_that_was_a
     assert np.array_equal(engine.logits(image, None, gpu, overlap=0.5, plan=plan), expected)
 
 
-def test_torch_too_blends_in_float16_where_logits_are_halved(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_also_blends_in_float16_when_logits_are_halved(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
     engine, made, zeros = load_model(tiny_run, runtime).engine, [], torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, **more: made.append(zeros(*a, **more)) or made[-1])
@@ -244,7 +244,7 @@ def test_an_image_that_must_be_padded_counts_twice(tiny_run: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(10, 14, 5), (3, 4, 9)], ids=["finer", "coarser and finer"])
-def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> None:
+def test_logits_are_resized_like_in_torch(shape: tuple[int, int, int]) -> None:
     values = np.random.default_rng(0).normal(size=(3, 5, 7, 4)).astype(np.float32)
     expected = functional.interpolate(torch.from_numpy(values)[None], shape, mode="trilinear", align_corners=False)[
         0
@@ -253,7 +253,7 @@ def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> Non
 
 
 @pytest.mark.parametrize(("backend", "engine"), [("torch", TorchEngine), ("openvino", OpenvinoEngine)])
-def test_memory_that_runs_out_in_predict_stands_in_the_json(
+def test_an_out_of_memory_fallback_in_predict_is_recorded_in_the_json(
     *,
     backend: str,
     engine: Any,
@@ -340,7 +340,7 @@ def test_equal_cases_are_planned_alike(model: Model, prepared: Prepared, compile
     assert not compiled
 
 
-def test_an_ensemble_holds_one_compiled_network_where_memory_is_bounded(
+def test_an_ensemble_keeps_one_compiled_network_if_memory_is_limited(
     model: Model, tiny_run: Path, prepared: Prepared, compiled: Any
 ) -> None:
     most, members = 0, [load_model(tiny_run, OPENVINO) for _ in range(3)]
@@ -357,7 +357,7 @@ def test_an_ensemble_holds_one_compiled_network_where_memory_is_bounded(
     assert (most, len(compiled)) == (0, 0)
 
 
-def test_without_a_bound_a_network_is_compiled_once(model: Model, prepared: Prepared, compiled: Any) -> None:
+def test_without_a_memory_limit_a_network_is_compiled_once(model: Model, prepared: Prepared, compiled: Any) -> None:
     said_of(model, prepared)
     first = list(compiled)
     said_of(model, prepared)
@@ -370,7 +370,7 @@ def test_without_a_bound_a_network_is_compiled_once(model: Model, prepared: Prep
     [("tta", ("several", "mirrored")), ("uncertainty", ("uncertainty",))],
     ids=["tta", "uncertainty"],
 )
-def test_what_an_option_holds_is_planned_for(
+def test_the_memory_of_each_option_is_planned_for(
     option: str, needs: tuple[str, ...], model: Model, prepared: Prepared, compiled: Any
 ) -> None:
     assert not compiled
@@ -380,7 +380,7 @@ def test_what_an_option_holds_is_planned_for(
     assert said_of(model, prepared, max_memory_gb=room - little, **{option: True}) != []
 
 
-def test_several_answers_need_their_mean_beside_the_next(model: Model) -> None:
+def test_several_predictions_need_memory_for_their_mean_and_the_next_one(model: Model) -> None:
     plan, shape = model.engine.first_plan((32, 32, 32), OPENVINO), (32, 32, 32)
     one, some, uncertain = (
         needed_bytes(model.engine, plan, OPENVINO, shape, shape, several=several, uncertainty=uncertainty)
@@ -421,7 +421,7 @@ def test_a_case_of_512_voxels_along_each_axis_stays_below_six_gigabytes(
     assert (tmp_path / "out" / "BraTS2021_00512.nii.gz").is_file()
 
 
-def test_a_case_that_the_bound_is_too_low_for_is_named(
+def test_a_case_that_does_not_fit_the_limit_is_named(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Any
 ) -> None:
     case = sorted(phantoms.iterdir())[0]
