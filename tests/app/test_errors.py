@@ -42,23 +42,23 @@ def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int) -
 
 
 @pytest.mark.parametrize("error", [OSError("It broke."), OSError("It broke")])
-def test_a_message_of_the_machine_ends_with_one_full_stop(error: OSError) -> None:
+def test_a_system_message_ends_with_exactly_one_full_stop(error: OSError) -> None:
     assert message(error) == "It broke."
 
 
-def test_gpu_memory_that_runs_out_is_a_matter_of_the_machine() -> None:
+def test_running_out_of_gpu_memory_is_a_machine_error() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     assert exit_code(error) == 7
     assert "smaller patch or batch" in message(error)
 
 
-def test_main_memory_that_runs_out_in_torch_is_a_matter_of_the_machine() -> None:
+def test_running_out_of_main_memory_in_torch_is_a_machine_error() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
     assert exit_code(raised.value) == 7
 
 
-def test_an_operation_that_is_not_deterministic_is_named_with_the_way_out() -> None:
+def test_a_non_deterministic_operation_is_named_with_a_remedy() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         with pytest.raises(RuntimeError) as raised:
@@ -77,13 +77,13 @@ def test_an_operation_that_is_not_deterministic_is_named_with_the_way_out() -> N
         (errno.EROFS, "The file system is read-only; choose another folder."),
     ],
 )
-def test_a_system_error_names_the_file_and_says_what_to_do(number: int, advice: str) -> None:
+def test_a_system_error_names_the_file_and_a_remedy(number: int, advice: str) -> None:
     text = message(OSError(number, "what the system says", "/some/file"))
     assert text == f"/some/file: what the system says. {advice}"
 
 
 @pytest.mark.parametrize("number", sorted(errno.errorcode), ids=errno.errorcode.get)
-def test_no_message_of_the_system_stands_without_a_place_and_a_way_out(number: int) -> None:
+def test_every_system_message_names_a_path_and_a_remedy(number: int) -> None:
     raw = OSError(number, os.strerror(number), "/some/file")
     assert message(raw).startswith(f"/some/file: cannot be used: {os.strerror(number)}. ")
     assert message(raw).endswith(remedy(number))
@@ -92,15 +92,15 @@ def test_no_message_of_the_system_stands_without_a_place_and_a_way_out(number: i
     assert unnamed.endswith("`znormseg --debug ...` shows where it happened.")
 
 
-def test_a_message_of_our_own_is_passed_on_as_it_is() -> None:
+def test_our_own_messages_are_passed_on_unchanged() -> None:
     assert message(DataError("case a: broken")) == "case a: broken"
 
 
-def test_memory_that_runs_out_comes_with_a_way_out() -> None:
+def test_running_out_of_memory_is_reported_with_a_remedy() -> None:
     assert "smaller patch or batch" in message(MemoryError())
 
 
-def test_a_fault_of_the_program_is_shown_as_one_and_asks_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_internal_error_is_shown_as_a_bug_and_asks_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert terminal.fail(ZeroDivisionError("by zero")) == 1
     shown = capsys.readouterr()
     assert "internal error: ZeroDivisionError: by zero" in shown.err
@@ -108,12 +108,12 @@ def test_a_fault_of_the_program_is_shown_as_one_and_asks_for_a_report(capsys: py
     assert shown.out == ""
 
 
-def test_an_abort_of_the_command_line_counts_as_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_aborted_command_counts_as_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
     assert terminal.fail(typer.Abort()) == 130
     assert capsys.readouterr().err == "znormseg: interrupted\n"
 
 
-def test_the_documented_exit_codes_are_those_of_the_program() -> None:
+def test_the_documented_exit_codes_match_the_program() -> None:
     text = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)}
     assert documented == {0} | {value for name, value in vars(errors).items() if name.startswith("EXIT_")}

@@ -301,19 +301,19 @@ GUARDS: dict[str, Guard] = {
         "app/runs/checkpoints.py",
         "            refused.append(str(error))\n            continue\n",
         "            raise\n",
-        "app/runs/test_checkpoints.py::test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_says_why",
+        "app/runs/test_checkpoints.py::test_if_the_newest_pair_is_damaged_the_previous_one_is_used_with_a_warning",
     ),
     "a changed JSON of a checkpoint": Guard(
         "app/runs/checkpoints.py",
         "    if details.pop(_OWN_DIGEST, None) not in",
         "    if details.pop(_OWN_DIGEST, None) and None not in",
-        "app/runs/test_checkpoints.py::test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_says_why",
+        "app/runs/test_checkpoints.py::test_if_the_newest_pair_is_damaged_the_previous_one_is_used_with_a_warning",
     ),
     "the disk has it before an older pair goes": Guard(
         "app/runs/folder.py",
         "        sync_file(file, path)\n",
         "",
-        "app/runs/test_checkpoints.py::test_the_data_and_the_names_are_on_the_disk_before_an_older_pair_goes",
+        "app/runs/test_checkpoints.py::test_data_and_directory_entries_are_synced_before_an_older_pair_is_removed",
     ),
     "a loss that is not finite": Guard(
         "app/training/trainer.py",

@@ -458,7 +458,7 @@ def test_a_table_is_never_truncated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(cell in shown for cell in row)
 
 
-def test_progress_always_shows_its_bar_and_time() -> None:
+def test_a_narrow_terminal_still_shows_progress_bar_and_time() -> None:
     console = Console(file=io.StringIO(), width=70, force_terminal=True, color_system=None)
     with terminal._bar(console) as drawn:
         drawn(Progress(job="training", share=0.5, detail="step 48  loss 0.792  " + "more " * 30, eta_seconds=266))

@@ -64,7 +64,7 @@ def outline(html: str) -> Outline:
     return parser
 
 
-def test_page_holds_every_case_and_number() -> None:
+def test_the_page_contains_every_case_and_number() -> None:
     html = render(page(case("first", 0.8765, 3.21), case("second", 0.5, 12.5)))
     for text in ("first", "second", "0.876", "3.2", "0.500", "12.5", "31.2", "29.5"):
         assert text in html
@@ -76,26 +76,26 @@ def test_mean_and_median_rows_summarise_the_cases() -> None:
     assert table["Median"][:2] == ["0.600", "2.0"]
 
 
-def test_best_and_worst_of_a_column_carry_a_sign() -> None:
+def test_the_best_and_worst_values_of_a_column_are_marked() -> None:
     table = rows(render(page(case("a", 0.9, 9), case("b", 0.6, 5), case("c", 0.3, 1))))
     assert [table[name][:2] for name in "abc"] == [["▲0.900", "▽9.0"], ["0.600", "5.0"], ["▽0.300", "▲1.0"]]
 
 
-def test_equal_scores_carry_no_sign() -> None:
+def test_equal_scores_are_not_marked() -> None:
     assert rows(render(page(case("a", 0.5), case("b", 0.5))))["a"][0] == "0.500"
 
 
-def test_undefined_scores_are_left_out_of_the_mean_and_said() -> None:
+def test_undefined_scores_are_left_out_of_the_mean_and_reported() -> None:
     html = render(page(case("a", 0.5, float("nan")), case("b", 0.5, 4.0)))
     assert rows(html)["Mean"][1] == "4.0"
     assert "3 values are not defined" in html
 
 
-def test_infinite_distance_is_shown_and_kept_in_the_mean() -> None:
+def test_an_infinite_distance_is_shown_and_kept_in_the_mean() -> None:
     assert rows(render(page(case("a", 0.5, float("inf")), case("b", 0.5, 4.0))))["Mean"][1] == "∞"
 
 
-def test_case_without_scores_is_shown() -> None:
+def test_a_case_without_scores_is_shown() -> None:
     assert rows(render(page(PageCase(case="bare", scores={}, overlay=None))))["bare"] == ["&ndash;"] * 6
 
 
@@ -107,7 +107,7 @@ def test_hostile_strings_are_escaped() -> None:
     assert "&lt;script&gt;alert(&#39;&#34;&amp;&#39;)" in html
 
 
-def test_nothing_outside_the_page_is_referenced() -> None:
+def test_the_page_references_nothing_external() -> None:
     html = render(page(case()))
     links = [attrs[name] or "" for _, attrs in outline(html).seen for name in ("src", "href") if name in attrs]
     assert links
@@ -126,7 +126,7 @@ def test_every_link_within_the_page_has_its_target() -> None:
     assert {attrs["href"] for _, attrs in seen if "href" in attrs} <= targets
 
 
-def test_every_picture_says_what_it_shows() -> None:
+def test_every_picture_has_a_text_alternative() -> None:
     (image,) = [attrs for tag, attrs in outline(render(page(case("a", 0.75)))).seen if tag == "img"]
     assert image["alt"] == (
         "Case a: reference outlines on the left, predicted outlines on the right, in three planes where the tumour is "
@@ -134,31 +134,31 @@ def test_every_picture_says_what_it_shows() -> None:
     )
 
 
-def test_picture_keeps_its_size() -> None:
+def test_the_picture_keeps_its_size() -> None:
     assert '<img width="4" height="6"' in render(page(case()))
 
 
-def test_left_column_is_called_image_without_a_reference() -> None:
+def test_without_a_reference_the_left_column_is_called_image() -> None:
     alone = PageCase(case="a", scores={"WT": {"volume_ml": 3.0}}, overlay=PICTURE)
     assert "<span>Image</span><span>Prediction</span>" in render(page(alone))
 
 
-def test_legend_colours_are_those_of_the_outlines() -> None:
+def test_the_legend_has_the_colours_of_the_outlines() -> None:
     html = render(page(case()))
     for region, (red, green, blue) in OUTLINE_COLOURS.items():
         assert f".legend .{region.lower()}::before {{ border-color: rgb({red} {green} {blue}); }}" in html
 
 
-def test_page_says_it_is_for_research_only() -> None:
+def test_the_page_says_it_is_for_research_only() -> None:
     assert "Research use only; not a medical device." in render(page())
 
 
 @pytest.mark.parametrize("empty", ["metrics", "commands", "provenance", "cases"])
-def test_page_renders_with_an_empty_part(empty: str) -> None:
+def test_the_page_renders_with_an_empty_part(empty: str) -> None:
     assert outline(render(page(**{"cases": [case()], empty: []}))).open == []
 
 
-def test_gradients_have_a_section_where_they_were_measured_and_none_elsewhere() -> None:
+def test_gradients_have_a_section_only_if_they_were_measured() -> None:
     record = {"kind": "overlap", "step": 1, "junctions": {HOSTILE: {"cosine": 0.5, "ratio": 0.9}}}
     with_it = render(page(case(), metrics=[record]))
     assert ['<h2 id="gradients">' in html for html in (with_it, render(page(case())))] == [True, False]
@@ -174,13 +174,13 @@ def test_every_junction_colour_is_in_the_style_sheet() -> None:
     assert all(f".{name} {{ --colour:" in html for name in used)
 
 
-def test_written_page_is_the_rendered_page(tmp_path: Path) -> None:
+def test_the_written_page_equals_the_rendered_page(tmp_path: Path) -> None:
     write_page(tmp_path / "report.html", page(case()))
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(page(case()))
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_failed_writing_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "report.html").write_text("old")
     monkeypatch.setattr("app.reports.demo.render", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -188,6 +188,6 @@ def test_failed_writing_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_case_id_that_is_not_unicode_is_still_written(tmp_path: Path) -> None:
+def test_a_page_with_a_case_id_that_is_not_unicode_is_still_written(tmp_path: Path) -> None:
     write_page(tmp_path / "report.html", page(case("broken-\udce9")))
     assert "broken-?" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -144,7 +144,7 @@ def pixels(browser: Any, plane: str) -> tuple[Any, int, int]:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (400, False), (400, True)])
-def test_pages_have_no_serious_fault_for_axe_and_none_on_the_console(
+def test_pages_have_no_serious_axe_violation_and_no_console_error(
     browser: Any, pages: CohortPages, width: int, dark: bool
 ) -> None:
     for page in (pages.index, next(iter(pages.cases.values()))):
@@ -154,13 +154,13 @@ def test_pages_have_no_serious_fault_for_axe_and_none_on_the_console(
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_the_page_of_a_run_has_none_either(browser: Any, tiny_run: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_run_has_no_violation_either(browser: Any, tiny_run: Path, tmp_path: Path) -> None:
     show(browser, report(tiny_run, tmp_path / "out").page)
     assert serious_faults(browser) == []
     assert browser.get_log("browser") == []
 
 
-def test_pages_of_several_runs_have_none_either(
+def test_pages_of_several_runs_have_no_violation_either(
     browser: Any, phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     from app.config.load import load_config
@@ -195,7 +195,7 @@ def test_the_viewer_shows_the_overlay_at_the_lesion(browser: Any, pages: CohortP
         assert picture[2, 2].max() < 80  # the corner is outside of the brain
 
 
-def test_without_the_prediction_the_scan_is_grey_there(browser: Any, pages: CohortPages) -> None:
+def test_without_the_prediction_the_scan_is_grey_at_the_lesion(browser: Any, pages: CohortPages) -> None:
     show(browser, next(iter(pages.cases.values())))
     for control in ("prediction", "reference"):
         browser.find_element("css selector", f"[data-control={control}]").click()
@@ -203,7 +203,7 @@ def test_without_the_prediction_the_scan_is_grey_there(browser: Any, pages: Coho
     assert np.ptp(picture[row, column]) <= 2
 
 
-def test_sliders_move_the_crosshair_by_key(browser: Any, pages: CohortPages) -> None:
+def test_the_crosshair_can_be_moved_with_sliders_and_keys(browser: Any, pages: CohortPages) -> None:
     show(browser, next(iter(pages.cases.values())))
     slider = browser.find_element("css selector", "[data-control=axial]")
     before = int(slider.get_attribute("value"))
@@ -213,7 +213,7 @@ def test_sliders_move_the_crosshair_by_key(browser: Any, pages: CohortPages) -> 
     assert label.startswith(f"axial slice {before + 2} of ")
 
 
-def test_a_script_in_a_patient_name_stays_text(browser: Any, hostile_pages: CohortPages) -> None:
+def test_a_script_in_a_patient_name_is_shown_as_text(browser: Any, hostile_pages: CohortPages) -> None:
     for page in (hostile_pages.index, hostile_pages.cases[HOSTILE]):
         show(browser, page)
         assert browser.title != "owned"
@@ -221,13 +221,15 @@ def test_a_script_in_a_patient_name_stays_text(browser: Any, hostile_pages: Coho
         assert browser.get_log("browser") == []
 
 
-def test_a_link_with_a_hostile_name_leads_to_its_page(browser: Any, hostile_pages: CohortPages) -> None:
+def test_a_link_with_a_malicious_name_leads_to_its_page(browser: Any, hostile_pages: CohortPages) -> None:
     show(browser, hostile_pages.index)
     browser.find_element("link text", HOSTILE).click()
     assert browser.find_element("css selector", "h1").text == HOSTILE
 
 
-def test_two_hundred_cases_stay_small_open_soon_sort_and_filter(browser: Any, data: Path, tmp_path: Path) -> None:
+def test_a_report_of_two_hundred_cases_is_small_opens_quickly_sorts_and_filters(
+    browser: Any, data: Path, tmp_path: Path
+) -> None:
     predictions, references = cohort_of(data, tmp_path, COHORT)
     made = write_cohort(predictions, tmp_path / "report", references=DataSource(references))
     total = sum(path.stat().st_size for path in (tmp_path / "report").rglob("*.html"))

@@ -106,7 +106,7 @@ def test_every_element_of_every_page_is_closed_in_order(pages: CohortPages) -> N
     assert [Outline(text).open for text in texts(pages)] == [[], [], []]
 
 
-def test_nothing_outside_of_the_report_is_referenced(pages: CohortPages) -> None:
+def test_the_report_references_nothing_external(pages: CohortPages) -> None:
     for path in (pages.index, *pages.cases.values()):
         seen = Outline(path.read_text(encoding="utf-8")).seen
         links = [attrs[key] or "" for _, attrs in seen for key in ("src", "href") if key in attrs]
@@ -123,7 +123,7 @@ def test_every_link_leads_to_a_page(pages: CohortPages) -> None:
         assert all((path.parent / unquote(target or "")).is_file() for target in targets)
 
 
-def test_hostile_names_and_values_are_text(pages: CohortPages) -> None:
+def test_malicious_names_and_values_are_escaped(pages: CohortPages) -> None:
     for text in texts(pages):
         outline = Outline(text)
         assert not [attrs for _, attrs in outline.seen if any(key.startswith("on") for key in attrs)]
@@ -131,25 +131,25 @@ def test_hostile_names_and_values_are_text(pages: CohortPages) -> None:
         assert len([one for one in outline.of("script") if one.get("type") is None]) == 1
 
 
-def test_the_policy_allows_the_script_of_the_page_alone(pages: CohortPages) -> None:
+def test_the_content_security_policy_allows_only_the_script_of_the_page(pages: CohortPages) -> None:
     for text in texts(pages):
         script = text[text.rindex("<script>") + len("<script>") : text.rindex("</script>")]
         told = [meta["content"] for meta in Outline(text).of("meta") if "http-equiv" in meta]
         assert told == [policy(script)]
 
 
-def test_every_page_says_that_it_is_for_research(pages: CohortPages) -> None:
+def test_every_page_says_it_is_for_research_only(pages: CohortPages) -> None:
     assert [text.count("Research use only; not a medical device.") for text in texts(pages)] == [2, 2, 2]
 
 
-def test_a_row_is_sorted_by_the_number_itself(pages: CohortPages) -> None:
+def test_rows_are_sorted_by_the_exact_numbers(pages: CohortPages) -> None:
     cells = Outline(pages.index.read_text(encoding="utf-8")).of("td")
     keys = [cell["data-key"] for cell in cells if "data-key" in cell]
     assert {"10.0", "20.0"} <= set(keys)
     assert any(len(key or "") > 8 for key in keys)  # Dice, in full precision
 
 
-def test_heads_are_buttons_in_heads_with_a_scope(pages: CohortPages) -> None:
+def test_column_headers_are_buttons_with_a_scope(pages: CohortPages) -> None:
     text = pages.index.read_text(encoding="utf-8")
     heads = re.findall(r'<th scope="col"[^>]* data-kind="(\w+)"[^>]*><button type="button">([^<]+)</button>', text)
     assert [name for _, name in heads] == [
@@ -158,21 +158,21 @@ def test_heads_are_buttons_in_heads_with_a_scope(pages: CohortPages) -> None:
     assert 'aria-sort="ascending"' in text
 
 
-def test_flags_are_in_the_table_and_on_the_page(pages: CohortPages) -> None:
+def test_flags_are_in_the_table_and_on_the_case_page(pages: CohortPages) -> None:
     index, of_hostile, of_flagged = texts(pages)
     assert index.count('<span class="flag">tiny</span>') == 1
     assert "Little of it" in of_flagged
     assert "Little of it" not in of_hostile
 
 
-def test_the_picture_says_what_it_shows(pages: CohortPages) -> None:
+def test_the_picture_has_a_text_alternative(pages: CohortPages) -> None:
     alt = [image["alt"] or "" for image in Outline(texts(pages)[2]).of("img")]
     assert len(alt) == 1
     assert "reference outlines on the left" in alt[0]
     assert "Dice WT 0." in alt[0]
 
 
-def test_the_viewer_begins_in_the_predicted_tumour(pages: CohortPages) -> None:
+def test_the_viewer_opens_at_the_predicted_tumour(pages: CohortPages) -> None:
     import base64
     import io
 
@@ -187,20 +187,20 @@ def test_the_viewer_begins_in_the_predicted_tumour(pages: CohortPages) -> None:
     assert set(data["images"]) == {"T1c", "FLAIR"}
 
 
-def test_scans_that_have_gone_are_told_and_the_page_is_there(phantoms: Path, tmp_path: Path) -> None:
+def test_missing_scans_are_reported_and_the_page_is_still_written(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", inputs={"t1c": "/nowhere/<b>.nii.gz"})
     page = next(iter(write_cohort(folder, tmp_path / "out").cases.values())).read_text(encoding="utf-8")
     assert "No longer at the paths recorded by the prediction: T1c. Give --images DATA to show them." in page
     assert "There is no scan to show." in page
 
 
-def test_images_of_another_folder_are_shown(phantoms: Path, tmp_path: Path) -> None:
+def test_images_from_another_folder_are_shown(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", inputs={})
     made = write_cohort(folder, tmp_path / "out", images=DataSource(phantoms))
     assert all("viewer-data" in page.read_text(encoding="utf-8") for page in made.cases.values())
 
 
-def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
+def test_references_with_ambiguous_label_numbers_are_scored_with_labels(
     phantoms: Path, tmp_path: Path, znormseg: Callable[..., Any]
 ) -> None:
     case = find_cases(phantoms)[0]
@@ -220,7 +220,7 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
     assert float(dice[0]) > 0.5
 
 
-def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path: Path) -> None:
+def test_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path: Path) -> None:
     case = find_cases(export_dataset(DataSource(phantoms), tmp_path / "msd", "msd").out)[0]
     assert case.volumes["t1c"] != case.volumes["flair"]
     inputs = {contrast: str(path) for contrast, path in case.contrasts.items()}
@@ -245,7 +245,9 @@ def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_
 
 
 @pytest.mark.parametrize("volumes", [None, 3])
-def test_uncertainty_beside_the_label_map_is_in_the_viewer(volumes: int | None, phantoms: Path, tmp_path: Path) -> None:
+def test_uncertainty_next_to_the_label_map_is_in_the_viewer(
+    volumes: int | None, phantoms: Path, tmp_path: Path
+) -> None:
     case = find_cases(phantoms)[0]
     folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,))
     label_map = nib.Nifti1Image.from_filename(folder / f"{case.id}.nii.gz")
@@ -268,7 +270,7 @@ def test_a_case_that_cannot_be_read_does_not_stop_the_others(phantoms: Path, tmp
     assert "damaged" in made.index.read_text(encoding="utf-8")
 
 
-def test_where_no_case_can_be_read_there_is_one_error_and_no_index(phantoms: Path, tmp_path: Path) -> None:
+def test_if_no_case_can_be_read_one_error_is_raised_and_no_index_written(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", labels={"convention": "mine"})
     with pytest.raises(DataError, match="no case can be shown"):
         write_cohort(folder, tmp_path / "out")
@@ -279,11 +281,11 @@ def predicted(**record: Any) -> Predicted:
     return Predicted(case="a", label_map=Path("a.nii.gz"), uncertainty=None, record=record)
 
 
-def test_a_missing_contrast_is_a_flag_where_the_json_has_none() -> None:
+def test_a_missing_contrast_is_flagged_even_if_the_json_has_no_flags() -> None:
     assert [flag.sentence for flag in predicted(missing_contrasts=["t1", "t2"]).flags] == ["Missing: t1, t2."]
 
 
-def test_an_interval_goes_before_a_range_of_answers() -> None:
+def test_an_interval_is_preferred_to_a_range_over_predictions() -> None:
     ends = {"WT": [1.0, 3.0], "TC": [0.0, 1.0], "ET": None}
     one = predicted(volume_interval_ml=ends, volume_interval_level=0.9, answers={"volume_range_ml": {"WT": [7, 8]}})
     assert one.volume_intervals_ml == {"WT": (1.0, 3.0), "TC": (0.0, 1.0)}
@@ -291,12 +293,12 @@ def test_an_interval_goes_before_a_range_of_answers() -> None:
 
 
 @pytest.mark.parametrize("record", [{"flags": "x"}, {"flags": [3]}, {"volumes_ml": 3}, {"confidence": {"WT": "high"}}])
-def test_odd_json_is_passed_over(record: dict[str, Any]) -> None:
+def test_unexpected_json_is_ignored(record: dict[str, Any]) -> None:
     one = predicted(**record)
     assert (one.flags, one.confidence, set(one.volumes_ml.values())) == ((), {}, {None})
 
 
-def test_odd_numbers_of_volumes_are_passed_over(phantoms: Path, tmp_path: Path) -> None:
+def test_unexpected_volume_values_are_ignored(phantoms: Path, tmp_path: Path) -> None:
     told = {"t1": -1, "t1c": True, "t2": "2", "flair": 3}
     found, _ = find_predictions(predictions_of(phantoms, tmp_path / "p", ids=("x",), input_volumes=told))
     assert found[0].volumes == {"flair": 3}
@@ -315,11 +317,11 @@ def block(**changed: Any) -> ViewerCase:
 
 
 @pytest.mark.parametrize("grid_mm", [1.0, 2.0])
-def test_viewer_volumes_are_cropped_and_have_cubes_of_the_grid(grid_mm: float) -> None:
+def test_viewer_volumes_are_cropped_with_cubic_voxels(grid_mm: float) -> None:
     assert viewer_data(block(), grid_mm=grid_mm)["shape"] == [22 / grid_mm, 20 / grid_mm, 16 / grid_mm]
 
 
-def test_viewer_of_an_empty_prediction_begins_at_the_reference_and_else_in_the_middle() -> None:
+def test_for_an_empty_prediction_the_viewer_opens_at_the_reference_or_the_centre() -> None:
     empty = np.zeros((30, 30, 12), dtype=np.uint8)
     spot = empty.copy()
     spot[20, 20, 5] = 3
@@ -336,7 +338,7 @@ def test_large_cohorts_get_coarser_grids() -> None:
 # Runs
 
 
-def test_the_page_of_a_run_has_cases_worst_first(tiny_run: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_run_lists_the_worst_cases_first(tiny_run: Path, tmp_path: Path) -> None:
     html = render_run(tiny_run)
     assert Outline(html).open == []
     best = best_validation([json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()])
@@ -363,7 +365,7 @@ def test_a_run_without_dice_by_case_says_so(tiny_run: Path, tmp_path: Path) -> N
     assert "Scores by case were not recorded" in render_run(old)
 
 
-def test_scores_that_are_not_finite_are_left_out_of_a_distribution() -> None:
+def test_non_finite_scores_are_left_out_of_a_distribution() -> None:
     svg = distribution_svg({"WT": [0.5, float("nan"), 0.7], "TC": [], "ET": [1.0]}, name="Dice")
     assert svg.count("<circle") == 3
     assert "WT median 0.600" in svg
@@ -372,7 +374,7 @@ def test_scores_that_are_not_finite_are_left_out_of_a_distribution() -> None:
 # The command
 
 
-def test_what_a_folder_holds_is_told_by_its_files(tiny_run: Path, predictions: Path, tmp_path: Path) -> None:
+def test_the_kind_of_a_folder_is_recognised_by_its_files(tiny_run: Path, predictions: Path, tmp_path: Path) -> None:
     assert [recognise(tiny_run), recognise(predictions)] == ["run", "predictions"]
     for name, kind in (("plan.json", "comparison"), ("folds.json", "cross-validation")):
         (tmp_path / kind).mkdir()
@@ -384,7 +386,9 @@ def test_what_a_folder_holds_is_told_by_its_files(tiny_run: Path, predictions: P
     ("place", "text"),
     [("nowhere", "does not exist"), ("file", "is a file"), ("empty", "contains nothing to report on")],
 )
-def test_what_has_no_page_is_one_error(place: str, text: str, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
+def test_a_folder_without_a_page_gives_one_error(
+    place: str, text: str, tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     ended = znormseg("report", tmp_path / place, tmp_path / "out")
@@ -399,12 +403,12 @@ def test_references_of_a_run_are_refused(tiny_run: Path, tmp_path: Path) -> None
         report(tiny_run, tmp_path / "out", references=DataSource(tmp_path))
 
 
-def test_the_folder_itself_is_no_place_for_its_pages(tiny_run: Path) -> None:
+def test_pages_are_not_written_into_the_folder_they_describe(tiny_run: Path) -> None:
     with pytest.raises(RunError, match="give another folder"):
         report(tiny_run, tiny_run)
 
 
-def test_json_tells_what_was_written(tiny_run: Path, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
+def test_the_json_lists_what_was_written(tiny_run: Path, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
     ended = znormseg("report", tiny_run, tmp_path / "out", "--json")
     assert ended.code == 0, ended.err
     told = json.loads(ended.out)
@@ -413,7 +417,7 @@ def test_json_tells_what_was_written(tiny_run: Path, tmp_path: Path, znormseg: C
 
 
 @pytest.mark.parametrize(("name", "told"), [("plan.json", "comparison"), ("folds.json", "cross-validation")])
-def test_a_damaged_folder_is_one_error(name: str, told: str, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
+def test_a_damaged_folder_gives_one_error(name: str, told: str, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
     (tmp_path / "what").mkdir()
     (tmp_path / "what" / name).write_text("{}")
     ended = znormseg("report", tmp_path / "what", tmp_path / "out")

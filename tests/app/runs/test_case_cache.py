@@ -44,11 +44,11 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ids
 
 
-def test_the_tests_keep_out_of_the_users_own_cache(cache_folder: Path) -> None:
+def test_the_tests_do_not_use_the_users_cache(cache_folder: Path) -> None:
     assert case_cache.cache_folder() == cache_folder
 
 
-def test_the_cache_is_where_the_variables_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_where_the_environment_variables_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("ZNORMSEG_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert case_cache.cache_folder() == tmp_path / "znormseg"
@@ -58,7 +58,7 @@ def test_the_cache_is_where_the_variables_say(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.parametrize("text", ["much", "0", "-1", "nan", "inf"])
-def test_a_bound_that_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_size_limit_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZNORMSEG_CACHE_GB", text)
     with pytest.raises(ConfigError, match=f"ZNORMSEG_CACHE_GB: expected a number of gigabytes above 0, got '{text}'"):
         case_cache.cache_bytes()
@@ -76,7 +76,7 @@ def test_a_second_run_prepares_nothing(
     assert [*own_cache.glob(".partial*"), *(own_cache / ".users").iterdir()] == []
 
 
-def test_a_cache_that_cannot_be_used_is_told_and_the_run_keeps_its_cases_itself(
+def test_an_unusable_cache_is_reported_and_the_run_stores_its_own_cases(
     phantoms: Path, tmp_path: Path, options: list[str], own_cache: Path, znormseg: Call
 ) -> None:
     own_cache.write_text("a file")
@@ -89,7 +89,7 @@ def test_a_cache_that_cannot_be_used_is_told_and_the_run_keeps_its_cases_itself(
     assert not (tmp_path / "run" / "cache").exists()
 
 
-def test_cases_that_do_not_fit_are_kept_by_the_run_and_that_is_told(
+def test_cases_that_do_not_fit_are_stored_by_the_run_and_reported(
     *,
     phantoms: Path,
     tmp_path: Path,
@@ -105,7 +105,7 @@ def test_cases_that_do_not_fit_are_kept_by_the_run_and_that_is_told(
     assert sum(path.stat().st_size for path in own_cache.glob("[!.]*/*")) <= 1e6
 
 
-def test_the_cache_is_looked_at_and_emptied_by_command(
+def test_the_cache_can_be_inspected_and_cleared_by_command(
     phantoms: Path, tmp_path: Path, tiny_settings: list[str], own_cache: Path, znormseg: Call
 ) -> None:
     start(DataSource(phantoms), tmp_path / "run", load_config("laptop", tiny_settings))
@@ -137,7 +137,7 @@ def test_a_comparison_prepares_each_case_once(
 # The data on record
 
 
-def test_a_run_whose_label_map_changed_is_not_resumed_and_says_which(
+def test_a_run_with_a_changed_label_map_is_not_resumed_and_the_error_names_it(
     phantoms: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     data, run = shutil.copytree(phantoms, tmp_path / "data"), shutil.copytree(tiny_run, tmp_path / "run")
@@ -149,7 +149,7 @@ def test_a_run_whose_label_map_changed_is_not_resumed_and_says_which(
     assert "the label maps of 1 cases have changed since the run began: BraTS2021_00002. Restore" in ended.err
 
 
-def test_a_run_of_an_older_version_has_no_record_and_is_resumed(
+def test_a_run_of_an_older_version_without_a_record_is_resumed(
     phantoms: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
@@ -158,7 +158,9 @@ def test_a_run_of_an_older_version_has_no_record_and_is_resumed(
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"cases": {"a": 1}}', "{"])
-def test_a_damaged_record_is_told(content: str, phantoms: Path, tiny_run: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_damaged_record_is_reported(
+    content: str, phantoms: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
+) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     (run / "labels.json").write_text(content)
     ended = znormseg("train", phantoms, run, "--resume")

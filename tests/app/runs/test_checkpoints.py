@@ -94,14 +94,14 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     ],
     ids=["extremes", "transposed", "scalar", "empty", "channels last", "uint8", "bfloat16"],
 )
-def test_tensors_come_back_bit_for_bit(tensor: Tensor, tmp_path: Path) -> None:
+def test_tensors_are_restored_bit_for_bit(tensor: Tensor, tmp_path: Path) -> None:
     save(tmp_path, "best", 1, {"weights.x": tensor}, {})
     found = load_newest(tmp_path, "best")
     assert found is not None
     assert same(found.tensors, {"weights.x": tensor})
 
 
-def test_weights_in_float16_become_float32_and_other_tensors_stay(tmp_path: Path) -> None:
+def test_float16_weights_become_float32_and_other_tensors_keep_their_dtype(tmp_path: Path) -> None:
     half = torch.tensor([0.1, 65504.0], dtype=torch.float16)
     save(tmp_path, "best", 1, {"weights.x": half, "weights.count": torch.tensor(3), "rng.x": half.clone()}, {})
     tensors, arrays = load_newest(tmp_path, "best"), load_newest_arrays(tmp_path, "best")
@@ -113,7 +113,7 @@ def test_weights_in_float16_become_float32_and_other_tensors_stay(tmp_path: Path
     assert tensors.tensors["rng.x"].dtype == torch.float16
 
 
-def test_step_and_details_come_back(folder: Path) -> None:
+def test_step_and_details_are_restored(folder: Path) -> None:
     assert newest(folder).step == 5
     assert newest(folder).details["note"] == "five"
 
@@ -124,7 +124,7 @@ def test_weights_are_a_state_dict_of_the_network(tmp_path: Path) -> None:
     assert same(newest(tmp_path).weights, network.state_dict())
 
 
-def test_saving_keeps_the_pair_before_and_no_older_one(folder: Path) -> None:
+def test_saving_keeps_the_previous_pair_and_removes_older_ones(folder: Path) -> None:
     for step in (12, 20):
         save(folder, "last", step, {"weights.a": torch.zeros(1)}, {})
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -132,12 +132,12 @@ def test_saving_keeps_the_pair_before_and_no_older_one(folder: Path) -> None:
     ]
 
 
-def test_saving_removes_pairs_of_later_steps_that_a_run_has_left_behind(two: Path) -> None:
+def test_saving_removes_abandoned_pairs_of_later_steps(two: Path) -> None:
     save(two, "last", 7, {"weights.a": torch.zeros(1)}, {})
     assert sorted(path.name for path in two.glob("*.json")) == ["last-000000005.json", "last-000000007.json"]
 
 
-def test_the_older_pair_of_the_other_kind_stays(folder: Path) -> None:
+def test_saving_one_kind_keeps_the_older_pair_of_the_other(folder: Path) -> None:
     save(folder, "best", 12, {"weights.a": torch.zeros(1)}, {})
     assert newest(folder).step == 5
 
@@ -156,14 +156,14 @@ def test_the_newest_of_two_pairs_is_loaded(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", [{}, {"best": 1}])
-def test_without_a_checkpoint_of_the_kind_there_is_none(content: dict[str, int], tmp_path: Path) -> None:
+def test_without_a_checkpoint_of_the_kind_none_is_loaded(content: dict[str, int], tmp_path: Path) -> None:
     for kind, step in content.items():
         save(tmp_path, kind, step, {"weights.a": torch.zeros(1)}, {})  # type: ignore[arg-type]
     assert load_newest(tmp_path, "last") is None
     assert load_newest(tmp_path / "nowhere", "last") is None
 
 
-def test_tensors_without_their_json_are_as_good_as_not_there(folder: Path) -> None:
+def test_tensors_without_their_json_are_ignored(folder: Path) -> None:
     save_file({"weights.a": torch.zeros(1)}, folder / "last-000000009.safetensors")
     assert newest(folder).step == 5
 
@@ -177,13 +177,13 @@ def test_a_stray_file_is_ignored(folder: Path, name: str) -> None:
     assert newest(folder).step == 5
 
 
-def test_a_json_without_its_tensors_is_refused_by_name(folder: Path) -> None:
+def test_a_json_file_without_its_tensors_is_refused_and_named(folder: Path) -> None:
     (folder / "last-000000005.safetensors").unlink()
     with pytest.raises(RunError, match=r"last-000000005\.safetensors: cannot be read"):
         load_newest(folder, "last")
 
 
-def test_a_file_cut_short_is_refused_by_name(folder: Path) -> None:
+def test_a_truncated_file_is_refused_and_named(folder: Path) -> None:
     path = folder / "last-000000005.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RunError, match=r"last-000000005\.safetensors: its SHA-256 is not the one"):
@@ -192,7 +192,7 @@ def test_a_file_cut_short_is_refused_by_name(folder: Path) -> None:
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
 @settings(max_examples=30, derandomize=True, deadline=None)
-def test_any_changed_byte_of_the_tensors_is_noticed(
+def test_any_changed_byte_of_the_tensors_is_detected(
     tmp_path_factory: pytest.TempPathFactory, place: int, change: int
 ) -> None:
     folder = tmp_path_factory.mktemp("changed")
@@ -206,7 +206,7 @@ def test_any_changed_byte_of_the_tensors_is_noticed(
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"sha256": null}', '{"sha256": "0"}', "[]", "5", "\x00"])
-def test_a_damaged_json_is_refused_by_name(folder: Path, content: str) -> None:
+def test_a_damaged_json_file_is_refused_and_named(folder: Path, content: str) -> None:
     (folder / "last-000000005.json").write_text(content)
     with pytest.raises(RunError, match="last-000000005"):
         load_newest(folder, "last")
@@ -234,7 +234,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "words"), list(DAMAGES.values()), ids=list(DAMAGES))
-def test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_says_why(
+def test_if_the_newest_pair_is_damaged_the_previous_one_is_used_with_a_warning(
     damage: Callable[[Path, Path], object], words: str, two: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(two / "last-000000009.safetensors", two / "last-000000009.json")
@@ -248,7 +248,7 @@ def test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_
 
 @given(st.integers(0, 100_000))
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_no_flipped_bit_of_the_json_changes_what_comes_back(tmp_path_factory: pytest.TempPathFactory, bit: int) -> None:
+def test_no_flipped_bit_of_the_json_changes_what_is_loaded(tmp_path_factory: pytest.TempPathFactory, bit: int) -> None:
     folder = tmp_path_factory.mktemp("flipped")
     for step in (5, 9):
         save(folder, "last", step, {"weights.a": torch.full((3,), float(step))}, {"n": step, "list": [1.5, None]})
@@ -258,14 +258,14 @@ def test_no_flipped_bit_of_the_json_changes_what_comes_back(tmp_path_factory: py
     assert found.details["list"] == [1.5, None]
 
 
-def test_where_every_pair_is_damaged_the_error_names_them_all(two: Path) -> None:
+def test_if_every_pair_is_damaged_the_error_names_them_all(two: Path) -> None:
     for path in two.glob("*.safetensors"):
         path.write_bytes(b"")
     with pytest.raises(RunError, match=r"last-000000009\.safetensors.*last-000000005\.safetensors.*Restore both"):
         load_newest(two, "last")
 
 
-def test_a_checkpoint_without_a_digest_of_its_json_is_of_an_older_version_and_is_read(folder: Path) -> None:
+def test_a_checkpoint_of_an_older_version_without_a_json_digest_is_read(folder: Path) -> None:
     path = folder / "last-000000005.json"
     details = json.loads(path.read_text())
     del details["json_sha256"]
@@ -273,13 +273,13 @@ def test_a_checkpoint_without_a_digest_of_its_json_is_of_an_older_version_and_is
     assert newest(folder).details["note"] == "old"
 
 
-def test_a_whole_checkpoint_that_does_not_fit_is_passed_over(two: Path) -> None:
+def test_an_intact_checkpoint_that_does_not_fit_is_skipped(two: Path) -> None:
     found = load_newest(two, "last", unfit=lambda c: "odd" if c.step == 9 else None)
     assert found is not None
     assert found.step == 5
 
 
-def test_the_data_and_the_names_are_on_the_disk_before_an_older_pair_goes(
+def test_data_and_directory_entries_are_synced_before_an_older_pair_is_removed(
     two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
@@ -304,9 +304,7 @@ def test_the_data_and_the_names_are_on_the_disk_before_an_older_pair_goes(
     assert done == [*written, "remove last-000000005.json", "remove last-000000005.safetensors"]
 
 
-def test_the_same_tensors_saved_with_other_details_are_whole_at_every_moment(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_the_same_tensors_with_other_details_is_atomic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from app.runs import checkpoints
 
     def cut_off(path: Path, content: object) -> None:
@@ -318,7 +316,7 @@ def test_the_same_tensors_saved_with_other_details_are_whole_at_every_moment(
     assert newest(folder).details["note"] == "five"
 
 
-def test_a_pickle_is_not_read_even_with_the_right_digest(folder: Path) -> None:
+def test_a_pickle_is_refused_even_with_the_right_digest(folder: Path) -> None:
     import hashlib
 
     path = folder / "last-000000005.safetensors"
@@ -329,7 +327,7 @@ def test_a_pickle_is_not_read_even_with_the_right_digest(folder: Path) -> None:
         load_newest(folder, "last")
 
 
-def test_an_error_while_saving_leaves_the_older_pair_and_nothing_beside(folder: Path) -> None:
+def test_an_error_while_saving_leaves_only_the_older_pair(folder: Path) -> None:
     with pytest.raises(TypeError):
         save(folder, "last", 6, {"weights.a": torch.zeros(1)}, {"no JSON": object()})
     assert sorted(path.name for path in folder.iterdir()) == ["last-000000005.json", "last-000000005.safetensors"]
@@ -337,7 +335,7 @@ def test_an_error_while_saving_leaves_the_older_pair_and_nothing_beside(folder: 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_as_if_the_optimizer_had_not_been_saved(
+def test_training_resumes_as_if_the_optimizer_had_not_been_saved(
     name: str, layout: torch.memory_format, tmp_path: Path
 ) -> None:
     straight, network, resumed = (a_network().to(memory_format=layout) for _ in range(3))  # type: ignore[call-overload]
@@ -356,7 +354,7 @@ def test_training_goes_on_as_if_the_optimizer_had_not_been_saved(
     assert same(resumed.state_dict(), straight.state_dict())
 
 
-def test_the_settings_of_the_optimizers_groups_stay_its_own(tmp_path: Path) -> None:
+def test_the_optimizer_keeps_its_own_group_settings(tmp_path: Path) -> None:
     network = a_network()
     optimizer = OPTIMIZERS["adamw"](network)
     train_(network, optimizer, range(1))
@@ -367,7 +365,7 @@ def test_the_settings_of_the_optimizers_groups_stay_its_own(tmp_path: Path) -> N
     assert other.param_groups[0]["lr"] == 0.007
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_numbers_continue_where_they_stopped(tmp_path: Path) -> None:
     torch.manual_seed(3)
     torch.rand(5)
     save(tmp_path, "last", 1, rng_tensors(), {})
@@ -376,7 +374,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_everything_in_the_checkpoints_of_a_run_is_json_or_safetensors(tiny_run: Path) -> None:
+def test_checkpoints_contain_only_json_and_safetensors(tiny_run: Path) -> None:
     def read(path: Path) -> Any:
         return json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
 

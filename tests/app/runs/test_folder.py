@@ -23,13 +23,13 @@ def write_steps(run: Path, first: int, last: int, *, keep: int = 0, loss: float 
     log.close()
 
 
-def test_records_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
+def test_records_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 5)
     write_steps(tmp_path, 4, 6, keep=3)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_log_that_does_not_write_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+def test_a_log_opened_without_writing_leaves_the_run_unchanged(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
     before = sorted(path.name for path in tmp_path.rglob("*"))
     log = MetricsLog(tmp_path, keep_up_to_step=0, keep_validations_up_to_step=0, writes=False)
@@ -44,7 +44,7 @@ def test_a_log_that_does_not_write_leaves_the_run_as_it_is(tmp_path: Path) -> No
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_run_folder_remembers_the_job_that_held_it_last(tmp_path: Path) -> None:
+def test_a_run_folder_records_the_last_job_that_locked_it(tmp_path: Path) -> None:
     assert job_of(tmp_path) == ""
     with locked(tmp_path, job="a longer name"):
         pass
@@ -53,7 +53,7 @@ def test_a_run_folder_remembers_the_job_that_held_it_last(tmp_path: Path) -> Non
     assert job_of(tmp_path) == "7"
 
 
-def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+def test_acquiring_a_lock_waits_for_its_release(tmp_path: Path) -> None:
     held, let_go = Event(), Event()
 
     def hold() -> None:
@@ -79,14 +79,14 @@ def write_telemetry(run: Path, steps: list[int], *, keep: int = 0, keep_validati
     log.close()
 
 
-def test_telemetry_of_steps_that_are_done_again_is_dropped_whatever_was_validated(tmp_path: Path) -> None:
+def test_telemetry_of_repeated_steps_is_dropped_regardless_of_validation(tmp_path: Path) -> None:
     write_telemetry(tmp_path, [2, 4])
     write_telemetry(tmp_path, [4, 6], keep=3)
     steps = [(record["kind"], record["step"]) for record in read_metrics(tmp_path)]
     assert steps == [(kind, step) for step in (2, 4, 6) for kind in ("gradients", "overlap")]
 
 
-def test_numbers_of_telemetry_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
+def test_non_finite_telemetry_is_written_as_null(tmp_path: Path) -> None:
     write_telemetry(tmp_path, [1])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     gradients, overlap = (json.loads(line, parse_constant=pytest.fail) for line in lines)
@@ -95,19 +95,19 @@ def test_numbers_of_telemetry_that_are_not_finite_are_written_as_null(tmp_path: 
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_written_as_null(tmp_path: Path, loss: float) -> None:
+def test_a_non_finite_loss_is_written_as_null(tmp_path: Path, loss: float) -> None:
     write_steps(tmp_path, 1, 1, loss=loss)
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
 
 
-def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
+def test_a_line_truncated_by_a_crash_is_left_out(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tr')
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_damaged_json_of_a_run_is_told_by_name(tmp_path: Path) -> None:
+def test_a_damaged_json_file_of_a_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json: missing or damaged"):
         read_json(tmp_path / "run.json")

@@ -41,7 +41,7 @@ def weights_of(run: Path) -> Path:
     return sorted((run / "checkpoints").glob("best-*.safetensors"))[-1]
 
 
-def test_training_ends_with_sums_that_sha256sum_accepts(tiny_run: Path) -> None:
+def test_training_ends_with_checksums_that_sha256sum_accepts(tiny_run: Path) -> None:
     checked = subprocess.run(["sha256sum", "-c", SUMS_FILE], cwd=tiny_run, capture_output=True, text=True, check=False)
     assert checked.returncode == 0
     assert f"checkpoints/{weights_of(tiny_run).name}: OK" in checked.stdout
@@ -56,7 +56,7 @@ def test_a_changed_byte_is_refused_with_the_name_of_the_file(run: Path, znormseg
     assert f"checkpoints/{weights_of(run).name} was changed" in ended.err
 
 
-def test_each_file_of_the_sums_is_checked(run: Path) -> None:
+def test_each_file_in_the_checksums_is_verified(run: Path) -> None:
     for name in verify(run):
         before = (run / name).read_bytes()
         (run / name).write_bytes(before + b" ")
@@ -71,7 +71,7 @@ def test_a_missing_file_is_named(run: Path) -> None:
         verify(run)
 
 
-def test_a_folder_without_sums_is_not_called_whole(run: Path, znormseg: Call) -> None:
+def test_a_folder_without_checksums_is_not_reported_as_intact(run: Path, znormseg: Call) -> None:
     (run / SUMS_FILE).unlink()
     ended = znormseg("model", "verify", run)
     assert ended.code == 5
@@ -92,7 +92,7 @@ def ensemble(tiny_run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_intensities_of_a_fold_are_of_the_ensemble(ensemble: Path) -> None:
+def test_intensities_of_a_fold_belong_to_the_ensemble(ensemble: Path) -> None:
     (ensemble / "fold-0" / "intensities.json").write_text("{}")
     (ensemble / "fold-1" / "intensities.json").unlink()
     with pytest.raises(RunError, match=r"fold-1/intensities\.json is missing; fold-0/intensities\.json was changed"):
@@ -109,13 +109,13 @@ def test_a_fold_with_older_weights_beside_the_best_is_listed_once(ensemble: Path
 
 
 @pytest.mark.parametrize("text", ["", "nonsense\n", f"{'0' * 64}  ../elsewhere\n", f"{'0' * 64}  /etc/hostname\n"])
-def test_damaged_sums_are_refused(run: Path, text: str) -> None:
+def test_damaged_checksums_are_refused(run: Path, text: str) -> None:
     (run / SUMS_FILE).write_text(text)
     with pytest.raises(RunError, match="damaged"):
         verify(run)
 
 
-def test_the_card_says_what_the_run_knows(tiny_run: Path, znormseg: Call) -> None:
+def test_the_card_states_what_the_run_records(tiny_run: Path, znormseg: Call) -> None:
     split = json.loads((tiny_run / "split.json").read_text())
     best = json.loads(weights_of(tiny_run).with_suffix(".json").read_text())
     said = json.loads(znormseg("model", "info", tiny_run, "--json").out)
@@ -133,7 +133,7 @@ def test_the_card_says_what_the_run_knows(tiny_run: Path, znormseg: Call) -> Non
         (2, None, {"name": "n", "description": "d"}, [INPUT_LIMIT]),
     ],
 )
-def test_a_card_has_the_limits_that_hold(
+def test_a_card_lists_the_limitations_that_apply(
     *, validations: int, dice: Any, imported: Any, limits: list[str], run: Path
 ) -> None:
     path = weights_of(run).with_suffix(".json")
@@ -143,7 +143,7 @@ def test_a_card_has_the_limits_that_hold(
     assert describe_model(run)["limits"] == limits
 
 
-def test_the_card_in_the_folder_is_the_one_that_info_shows(tiny_run: Path, znormseg: Call) -> None:
+def test_model_info_shows_the_card_in_the_folder(tiny_run: Path, znormseg: Call) -> None:
     shown = znormseg("model", "info", tiny_run).out
     assert shown == (tiny_run / CARD_FILE).read_text()
     assert "Research use only; not a medical device." in shown
@@ -153,7 +153,7 @@ def test_a_card_names_no_path_of_the_machine(tiny_run: Path) -> None:
     assert str(tiny_run.parent) not in card(describe_model(tiny_run))
 
 
-def test_a_run_that_goes_on_has_no_sums_until_it_ends(
+def test_a_resumed_run_has_no_checksums_until_it_ends(
     run: Path, phantoms: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.config.load import load_config

@@ -109,7 +109,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("place", ["right", "slow", "moved"])
-def test_a_download_arrives_whole(server: Server, folder: Path, place: str) -> None:
+def test_a_download_arrives_complete(server: Server, folder: Path, place: str) -> None:
     out = download(model(f"{server.url}/{place}/model/weights.bin"), install)
     assert (out / "weights.bin").read_bytes() == CONTENT
     assert leftovers(folder) == ["model"]
@@ -140,7 +140,7 @@ def test_a_failed_download_leaves_nothing(
     assert leftovers(folder) == []
 
 
-def test_no_server_is_named_as_that() -> None:
+def test_an_unreachable_server_is_reported_as_such() -> None:
     with pytest.raises(RunError, match="no connection"):
         download(model(), install)
 
@@ -151,21 +151,23 @@ def test_a_mirror_replaces_the_host(server: Server, monkeypatch: pytest.MonkeyPa
     assert server.asked == ["/right/model/weights.bin"]
 
 
-def test_offline_refuses_and_names_the_command(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_refuses_and_names_the_command(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZNORMSEG_OFFLINE", "1")
     with pytest.raises(RunError, match="znormseg model download model"):
         download(model(f"{server.url}/right/model/weights.bin"), install)
     assert server.asked == []
 
 
-def test_a_file_of_the_user_is_taken_offline_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_supplied_file_also_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZNORMSEG_OFFLINE", "1")
     (tmp_path / "other.bin").write_bytes(CONTENT)
     assert (download(model(), install, source=tmp_path / "other.bin") / "weights.bin").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"other", "is not the published file"), (None, "does not exist")])
-def test_a_wrong_file_of_the_user_is_refused(tmp_path: Path, folder: Path, content: bytes | None, reason: str) -> None:
+def test_a_wrong_user_supplied_file_is_refused(
+    tmp_path: Path, folder: Path, content: bytes | None, reason: str
+) -> None:
     if content is not None:
         (tmp_path / "weights.bin").write_bytes(content)
     with pytest.raises(RunError, match=reason):
@@ -187,7 +189,7 @@ def _download_in_a_process(url: str) -> None:
     download(model(url), install)
 
 
-def test_two_processes_at_once_both_succeed(server: Server, folder: Path) -> None:
+def test_two_concurrent_processes_both_succeed(server: Server, folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
     url = f"{server.url}/slow/model/weights.bin"
     both = [context.Process(target=_download_in_a_process, args=(url,)) for _ in range(2)]
@@ -200,7 +202,7 @@ def test_two_processes_at_once_both_succeed(server: Server, folder: Path) -> Non
     assert leftovers(folder) == ["model"]
 
 
-def test_a_full_disk_is_named_with_its_folder(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_with_its_folder(server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(verified: Path, out: Path) -> None:
         raise OSError(28, os.strerror(28))
 
@@ -209,7 +211,7 @@ def test_a_full_disk_is_named_with_its_folder(server: Server, folder: Path, monk
     assert leftovers(folder) == []
 
 
-def test_progress_ends_at_the_whole(server: Server) -> None:
+def test_progress_ends_at_the_full_size(server: Server) -> None:
     seen: list[Progress] = []
     download(model(f"{server.url}/slow/model/weights.bin"), install, on_progress=seen.append)
     shares = [one.share for one in seen]

@@ -14,7 +14,7 @@ from app.service.service import Service
 PASSWORD = "correct horse battery"
 
 
-def test_a_user_signs_in_and_stays_so_for_twelve_hours(service: Service) -> None:
+def test_a_user_stays_signed_in_for_twelve_hours(service: Service) -> None:
     at = [1000.0]
     service.accounts.now = lambda: at[0]
     cookie = service.accounts.sign_in("ann", PASSWORD)
@@ -62,18 +62,18 @@ def test_a_token_is_verified_by_argon2_once_and_then_recognised(
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a" * 64, "a\n", "<b>", "ann"])
-def test_a_strange_or_taken_name_is_refused(service: Service, name: str) -> None:
+def test_an_invalid_or_taken_name_is_refused(service: Service, name: str) -> None:
     with pytest.raises(ConfigError, match="user"):
         service.accounts.add(name, PASSWORD, "user")
 
 
 @pytest.mark.parametrize("password", ["", "short", "x" * 257])
-def test_a_password_is_long_but_not_too_long(service: Service, password: str) -> None:
+def test_passwords_that_are_too_short_or_too_long_are_refused(service: Service, password: str) -> None:
     with pytest.raises(ConfigError, match="must have 12 to 256"):
         service.accounts.add("new", password, "user")
 
 
-def test_a_user_with_jobs_is_not_removed_and_one_without_is_with_all_tokens(
+def test_only_a_user_without_jobs_can_be_removed_and_loses_all_tokens(
     service: Service,
     accounts: dict[str, Account],
     ready_upload: Callable[..., str],

@@ -38,7 +38,7 @@ def test_the_files_of_an_ordinary_archive_are_unpacked_under_other_names(archive
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/etc/passwd", "..\\evil", "C:\\evil", "C:evil", "a\x07b"])
-def test_a_name_that_leads_out_is_refused(archive: Path, name: str) -> None:
+def test_a_name_that_points_outside_is_refused(archive: Path, name: str) -> None:
     with zipfile.ZipFile(archive, "w") as made:
         info = zipfile.ZipInfo("x")
         info.filename = name
@@ -47,7 +47,7 @@ def test_a_name_that_leads_out_is_refused(archive: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO])
-def test_a_link_or_a_device_is_refused(archive: Path, kind: int) -> None:
+def test_a_symlink_or_a_device_is_refused(archive: Path, kind: int) -> None:
     with zipfile.ZipFile(archive, "w") as made:
         info = zipfile.ZipInfo("a_t1.nii")
         info.external_attr = (kind | 0o777) << 16
@@ -55,7 +55,7 @@ def test_a_link_or_a_device_is_refused(archive: Path, kind: int) -> None:
     assert "link" in refused(archive)
 
 
-def test_a_file_of_zeros_that_is_compressed_a_thousandfold_is_refused(archive: Path) -> None:
+def test_a_decompression_bomb_of_zeros_is_refused(archive: Path) -> None:
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("a_t1.nii", b"\0" * (4 << 20))
     assert "bomb" in refused(archive)
@@ -105,7 +105,7 @@ def test_unusual_compression_is_refused(archive: Path) -> None:
     assert "deflate" in refused(archive)
 
 
-def test_two_files_of_one_name_are_refused(archive: Path) -> None:
+def test_two_files_with_the_same_name_are_refused(archive: Path) -> None:
     with zipfile.ZipFile(archive, "w") as made:
         made.writestr("a_t1.nii", b"x")
         made.writestr("A_T1.NII", b"y")
@@ -121,7 +121,7 @@ def test_more_entries_than_allowed_are_refused(archive: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"PK\x05\x06" + b"\xff" * 18, b"x" * 1000])
-def test_what_is_no_archive_is_refused(archive: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(archive: Path, content: bytes) -> None:
     archive.write_bytes(content)
     assert "damaged" in refused(archive)
 

@@ -75,7 +75,7 @@ ADDRESSES = [
 
 
 @pytest.mark.parametrize(("method", "path"), ADDRESSES)
-def test_without_a_token_nothing_is_answered(client: TestClient, method: str, path: str) -> None:
+def test_without_a_token_every_request_is_refused(client: TestClient, method: str, path: str) -> None:
     answer = client.request(method, f"{API}{path}", json={} if method == "POST" else None)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -104,20 +104,20 @@ def test_a_token_whose_last_character_differs_is_refused(client: TestClient, tok
     assert client.get(f"{API}/jobs", headers={"Authorization": other}).status_code == 401
 
 
-def test_a_revoked_token_is_refused_at_once(client: TestClient, token: Token, service: Service) -> None:
+def test_a_revoked_token_is_refused_immediately(client: TestClient, token: Token, service: Service) -> None:
     header = token("ann")
     assert client.get(f"{API}/jobs", headers=header).status_code == 200
     service.accounts.revoke_token(header["Authorization"].removeprefix("Bearer "))
     assert client.get(f"{API}/jobs", headers=header).status_code == 401
 
 
-def test_trying_tokens_is_slowed_down(client: TestClient) -> None:
+def test_guessing_tokens_is_slowed_down(client: TestClient) -> None:
     forged = {"Authorization": "Bearer zns_0000000000000000_" + "A" * 43}
     statuses = [client.get(f"{API}/jobs", headers=forged).status_code for _ in range(31)]
     assert statuses == [401] * 30 + [429]
 
 
-def test_a_token_in_the_address_is_refused_although_it_is_valid(client: TestClient, token: Token) -> None:
+def test_a_valid_token_in_the_url_is_refused(client: TestClient, token: Token) -> None:
     text = token("ann")["Authorization"].removeprefix("Bearer ")
     answer = client.get(f"{API}/jobs?token={text}")
     assert answer.status_code == 400
@@ -135,7 +135,7 @@ def test_a_token_in_the_address_is_refused_although_it_is_valid(client: TestClie
         ("GET", "/results/page"),
     ],
 )
-def test_anothers_job_looks_as_if_there_were_none(
+def test_the_job_of_another_user_looks_nonexistent(
     client: TestClient, token: Token, anns_job: str, method: str, path: str
 ) -> None:
     answers = [client.request(method, f"{API}/jobs/{job}{path}", headers=token("ben")) for job in (anns_job, NOBODYS)]
@@ -143,12 +143,12 @@ def test_anothers_job_looks_as_if_there_were_none(
     assert answers[0].json() == answers[1].json()
 
 
-def test_anothers_jobs_are_not_listed(client: TestClient, token: Token, anns_job: str) -> None:
+def test_jobs_of_other_users_are_not_listed(client: TestClient, token: Token, anns_job: str) -> None:
     assert client.get(f"{API}/jobs", headers=token("ben")).json()["jobs"] == []
     assert len(client.get(f"{API}/jobs", headers=token("eve")).json()["jobs"]) == 1
 
 
-def test_anothers_upload_cannot_be_read_filled_or_used(client: TestClient, token: Token) -> None:
+def test_the_upload_of_another_user_cannot_be_read_filled_or_used(client: TestClient, token: Token) -> None:
     upload = announced(client, token("ann"))
     ben = token("ben")
     assert client.get(f"{API}/uploads/{upload}", headers=ben).status_code == 404
@@ -158,7 +158,7 @@ def test_anothers_upload_cannot_be_read_filled_or_used(client: TestClient, token
     assert client.post(f"{API}/jobs", headers=ben, json={"upload": upload}).status_code == 404
 
 
-def test_a_users_jobs_get_no_high_priority_and_no_metrics(
+def test_an_ordinary_user_gets_neither_high_priority_nor_metrics(
     client: TestClient, token: Token, accounts: dict[str, Account], ready_upload: Callable[..., str]
 ) -> None:
     request = {"upload": ready_upload(accounts["ann"]), "priority": "high"}
@@ -183,7 +183,7 @@ def test_a_users_jobs_get_no_high_priority_and_no_metrics(
         f"{API}/jobs/{'../' * 8}etc/passwd",
     ],
 )
-def test_no_path_leads_to_a_file_of_the_server(client: TestClient, token: Token, path: str) -> None:
+def test_no_path_reaches_a_file_of_the_server(client: TestClient, token: Token, path: str) -> None:
     answer = client.get(path, headers=token("eve"))
     assert answer.status_code in (303, 404, 422)
     assert "SQLite" not in answer.text
@@ -200,21 +200,21 @@ def test_a_name_is_never_used_as_a_path(client: TestClient, token: Token, servic
 
 
 @pytest.mark.parametrize("name", ["a\0_t1.nii", "a\n_t1.nii", "a\x1b[31m_t1.nii", "", "x" * 1025, "\u202etxt_t1.nii"])
-def test_a_name_with_control_characters_or_of_any_length_is_refused(
+def test_a_name_with_control_characters_or_excessive_length_is_refused(
     client: TestClient, token: Token, name: str
 ) -> None:
     answer = client.post(f"{API}/uploads", headers=token("ann"), json={"files": [{"name": name, "bytes": 1}]})
     assert answer.status_code == 422
 
 
-def test_a_name_that_is_no_unicode_is_refused(client: TestClient, token: Token) -> None:
+def test_a_name_that_is_not_valid_unicode_is_refused(client: TestClient, token: Token) -> None:
     body = b'{"files": [{"name": "\\ud800_t1.nii", "bytes": 1}]}'
     answer = client.post(f"{API}/uploads", headers={**token("ann"), "Content-Type": "application/json"}, content=body)
     assert answer.status_code == 422
 
 
 @pytest.mark.parametrize("folder", ["..", "../..", "/etc", "a/../..", "link"])
-def test_a_folder_outside_of_the_inbox_is_refused(
+def test_a_folder_outside_the_inbox_is_refused(
     client: TestClient, token: Token, service: Service, tmp_path: Path, folder: str
 ) -> None:
     inbox = tmp_path / "inbox"
@@ -235,12 +235,12 @@ def test_without_an_inbox_no_folder_is_read(client: TestClient, token: Token) ->
 
 @pytest.mark.parametrize("text", ["' OR '1'='1", "1; DROP TABLE jobs", "0 UNION SELECT password FROM users", "%", "-1"])
 @pytest.mark.parametrize("place", ["after", "state", "limit"])
-def test_sql_in_a_query_is_only_a_wrong_value(client: TestClient, token: Token, text: str, place: str) -> None:
+def test_sql_in_a_query_is_only_an_invalid_value(client: TestClient, token: Token, text: str, place: str) -> None:
     assert client.get(f"{API}/jobs", headers=token("ann"), params={place: text}).status_code == 422
 
 
 @pytest.mark.parametrize("name", ["' OR '1'='1", "ann'--", "ann\0", "ANN"])
-def test_sql_in_the_sign_in_is_only_a_wrong_name(client: TestClient, name: str) -> None:
+def test_sql_in_the_sign_in_form_is_only_a_wrong_name(client: TestClient, name: str) -> None:
     assert signed_in(client, name=name).status_code == 403
 
 
@@ -265,7 +265,7 @@ def test_a_name_with_a_line_break_cannot_add_a_header_to_a_download() -> None:
 # ---- sessions and forms
 
 
-def test_a_wrong_password_and_an_unknown_name_get_the_same_answer(client: TestClient) -> None:
+def test_a_wrong_password_and_an_unknown_name_get_the_same_response(client: TestClient) -> None:
     wrong, unknown = signed_in(client, password="wrong horse battery"), signed_in(client, name="nobody")
     assert (wrong.status_code, unknown.status_code) == (403, 403)
     plain = [re.sub(r'value="[^"]+"', "", answer.text) for answer in (wrong, unknown)]
@@ -280,7 +280,7 @@ def test_guessing_a_password_is_slowed_down_even_with_the_right_one(client: Test
     assert int(answer.headers["retry-after"]) > 0
 
 
-def test_names_that_no_user_can_have_are_not_kept(client: TestClient, service: Service) -> None:
+def test_attempts_with_impossible_names_are_not_stored(client: TestClient, service: Service) -> None:
     for number in range(3):
         assert signed_in(client, name=f"{number} " * 1000).status_code == 403
     assert list(service.name_failures._seen) == [""]
@@ -301,7 +301,7 @@ def test_an_attempt_counts_before_its_password_is_verified_and_a_success_does_no
     assert service.name_failures._seen == service.address_failures._seen == {}
 
 
-def test_a_page_does_not_ask_a_database_that_is_away_who_is_signed_in(
+def test_a_page_does_not_look_up_the_user_while_the_database_is_down(
     client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(cookie: str) -> None:
@@ -311,23 +311,23 @@ def test_a_page_does_not_ask_a_database_that_is_away_who_is_signed_in(
     assert client.get("/jobs", headers={"Cookie": "znormseg=a"}).status_code == 503
 
 
-def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(client: TestClient) -> None:
+def test_the_cookie_is_inaccessible_to_scripts_and_other_sites(client: TestClient) -> None:
     cookie = signed_in(client).headers["set-cookie"].lower()
     assert "httponly" in cookie
     assert "samesite=strict" in cookie
 
 
 @pytest.mark.parametrize("cookie", ["", "x", "x.y", "." * 100, "a.0000000000000000000000000000000000000000"])
-def test_a_forged_cookie_is_nobody(client: TestClient, cookie: str) -> None:
+def test_a_forged_cookie_identifies_nobody(client: TestClient, cookie: str) -> None:
     assert client.get("/jobs", headers={"Cookie": f"znormseg={cookie}"}).headers["location"] == "/sign-in"
 
 
-def test_a_cookie_that_was_signed_for_the_form_is_no_session(client: TestClient, service: Service) -> None:
+def test_a_cookie_signed_for_the_form_is_not_a_session(client: TestClient, service: Service) -> None:
     cookie = service.accounts.signed("anything")
     assert client.get("/jobs", headers={"Cookie": f"znormseg={cookie}"}).status_code == 303
 
 
-def test_after_signing_out_the_old_cookie_is_worthless(client: TestClient) -> None:
+def test_after_signing_out_the_old_cookie_is_invalid(client: TestClient) -> None:
     cookie = signed_in(client).headers["set-cookie"].partition(";")[0]
     client.post("/sign-out", data={"csrf": csrf_of(client)})
     assert client.get("/jobs", headers={"Cookie": cookie}).headers["location"] == "/sign-in"
@@ -381,14 +381,14 @@ def test_another_host_name_is_refused(client: TestClient, host: str) -> None:
     assert client.get("/sign-in", headers={"Host": host}).status_code == 421
 
 
-def test_forwarded_headers_of_strangers_change_nothing(client: TestClient) -> None:
+def test_forwarded_headers_from_untrusted_hosts_are_ignored(client: TestClient) -> None:
     headers = {"X-Forwarded-For": "10.0.0.1", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example"}
     answer = client.get("/sign-in", headers=headers)
     assert "evil.example" not in answer.text
     assert "strict-transport-security" not in answer.headers
 
 
-def test_every_answer_forbids_framing_sniffing_and_other_hosts(client: TestClient) -> None:
+def test_every_response_forbids_framing_sniffing_and_other_hosts(client: TestClient) -> None:
     for path in ("/sign-in", "/nowhere", f"{API}/jobs", "/static/service.js"):
         headers = client.get(path).headers
         assert headers["x-frame-options"] == "DENY"
@@ -402,7 +402,7 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_read(client: TestCl
     assert answer.status_code == 413
 
 
-def test_a_request_that_hides_its_size_is_cut(client: TestClient, token: Token) -> None:
+def test_a_request_that_hides_its_size_is_cut_off(client: TestClient, token: Token) -> None:
     parts = (b"x" * 65536 for _ in range(80))
     assert client.post(f"{API}/jobs", headers=token("ann"), content=parts).status_code in (400, 408, 413)
 
@@ -419,13 +419,13 @@ def test_an_upload_above_the_limit_is_refused_before_it_is_sent(client: TestClie
     assert client.post(f"{API}/uploads", headers=token("ann"), json=request).status_code == 413
 
 
-def test_deep_json_is_refused(client: TestClient, token: Token) -> None:
+def test_deeply_nested_json_is_refused(client: TestClient, token: Token) -> None:
     headers = {**token("ann"), "Content-Type": "application/json"}
     answer = client.post(f"{API}/jobs", headers=headers, content=b"[" * 200_000)
     assert answer.status_code in (400, 422)
 
 
-def test_unknown_fields_and_converted_values_are_refused(client: TestClient, token: Token) -> None:
+def test_unknown_fields_and_values_of_the_wrong_type_are_refused(client: TestClient, token: Token) -> None:
     for request in ({"upload": NOBODYS, "owner": "eve"}, {"upload": NOBODYS, "options": {"tta": "yes"}}):
         assert client.post(f"{API}/jobs", headers=token("ann"), json=request).status_code == 422
 
@@ -445,7 +445,9 @@ class Trap:
     [pickle.dumps(Trap()), b"\x93NUMPY\x01\x00", b"#!/bin/sh\nid\n", b"%PDF-1.7", b"\x1f\x8b" + b"\0" * 30],
     ids=["pickle", "npy", "script", "pdf", "damaged gzip"],
 )
-def test_what_is_no_image_is_refused_and_never_run(client: TestClient, token: Token, content: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_refused_and_never_executed(
+    client: TestClient, token: Token, content: bytes
+) -> None:
     upload = announced(client, header := token("ann"), size=len(content), name="a_t1.nii.gz")
     client.put(f"{API}/uploads/{upload}/files/0", headers=header, content=content)
     answer = client.post(f"{API}/uploads/{upload}/complete", headers=header).json()

@@ -16,7 +16,7 @@ from app.service.serve import require_models, require_usable
 from app.service.settings import ServiceSettings
 
 
-def test_files_that_are_no_certificate_and_key_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_a_certificate_and_key_are_refused(tmp_path: Path) -> None:
     for name in ("cert.pem", "key.pem"):
         (tmp_path / name).write_text("x")
     with pytest.raises(ConfigError, match="not a certificate and its key"):
@@ -24,13 +24,13 @@ def test_files_that_are_no_certificate_and_key_are_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("url", ["postgres+psycop://a:secret@b/c", "service.db", "postgresql+psycopg://a:secret@b:x/c"])
-def test_a_wrong_address_of_the_database_is_refused_without_repeating_it(url: str) -> None:
+def test_an_invalid_database_url_is_refused_without_repeating_it(url: str) -> None:
     with pytest.raises(ConfigError, match=r"postgresql\+psycopg://USER:PASSWORD@HOST/NAME") as error:
         Database(url)
     assert "secret" not in str(error.value)
 
 
-def test_an_inbox_that_does_not_exist_is_found(settings: ServiceSettings, tmp_path: Path) -> None:
+def test_a_missing_inbox_is_reported(settings: ServiceSettings, tmp_path: Path) -> None:
     changed = replace(settings, models={}, inbox=tmp_path / "nowhere")
     good, errors = check_service(changed, HttpSettings(port=0))
     assert len(good) == 3
@@ -40,10 +40,10 @@ def test_an_inbox_that_does_not_exist_is_found(settings: ServiceSettings, tmp_pa
 @pytest.mark.parametrize(
     ("host", "names"), [("10.0.0.5", ("10.0.0.5", "a.org")), ("0.0.0.0", ("a.org",)), ("::", ("a.org",))]
 )
-def test_the_address_that_is_listened_on_is_answered(host: str, names: tuple[str, ...]) -> None:
+def test_the_listening_address_answers(host: str, names: tuple[str, ...]) -> None:
     assert _names(host, ["a.org"]) == names
 
 
-def test_the_folder_of_a_model_that_does_not_exist_is_refused_before_the_start(settings: ServiceSettings) -> None:
+def test_a_missing_model_folder_is_refused_before_the_start(settings: ServiceSettings) -> None:
     with pytest.raises(RunError, match="run: does not exist"):
         require_models(settings)

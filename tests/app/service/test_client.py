@@ -54,7 +54,7 @@ def test_an_interrupted_submission_continues_and_starts_one_job(
         assert (session.query(Upload).count(), session.query(Job).count()) == (1, 1)
 
 
-def test_files_that_are_no_images_are_refused_with_the_servers_reason(remote: RemoteService, tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_refused_with_the_servers_reason(remote: RemoteService, tmp_path: Path) -> None:
     from data.errors import DataError
 
     (tmp_path / "readme.txt").write_text("x")
@@ -82,9 +82,7 @@ def done(service: Service, accounts: dict[str, Account], ready_upload: Callable[
     return job
 
 
-def test_a_download_continues_where_it_was_and_is_not_repeated(
-    remote: RemoteService, done: str, tmp_path: Path
-) -> None:
+def test_a_download_resumes_and_is_not_repeated(remote: RemoteService, done: str, tmp_path: Path) -> None:
     from data.files import partial_prefix
 
     folder = tmp_path / "out"
@@ -97,7 +95,7 @@ def test_a_download_continues_where_it_was_and_is_not_repeated(
     assert list(folder.iterdir()) == [place]
 
 
-def test_a_damaged_part_is_thrown_away(remote: RemoteService, done: str, tmp_path: Path) -> None:
+def test_a_damaged_partial_download_is_discarded(remote: RemoteService, done: str, tmp_path: Path) -> None:
     from data.files import partial_prefix
 
     (tmp_path / f"{partial_prefix(0)}{done}-label_map").write_bytes(b"oops")
@@ -106,14 +104,14 @@ def test_a_damaged_part_is_thrown_away(remote: RemoteService, done: str, tmp_pat
     assert remote.fetch(done, "label_map", tmp_path / "a.nii.gz")
 
 
-def test_all_jobs_are_listed_and_ended_ones_are_not_waited_for(remote: RemoteService, done: str) -> None:
+def test_all_jobs_are_listed_and_finished_ones_are_not_waited_for(remote: RemoteService, done: str) -> None:
     assert [job["id"] for job in remote.jobs()] == [done]
     seen: list[str] = []
     remote.watch([done], lambda job: seen.append(job["state"]))
     assert seen == ["done"]
 
 
-def test_a_server_that_is_away_is_tried_again(live_port: int, service: Service) -> None:
+def test_an_unavailable_server_is_retried(live_port: int, service: Service) -> None:
     waited: list[float] = []
     away = RemoteService(url="http://127.0.0.1:9", token="zns_x", pause=waited.append)
     with pytest.raises(OSError, match="cannot be reached"):
@@ -135,13 +133,13 @@ def answers_of(monkeypatch: pytest.MonkeyPatch, status: Callable[[int], int], **
     return waited
 
 
-def test_a_busy_server_is_asked_again_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_server_is_retried_after_the_delay_it_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     waited = answers_of(monkeypatch, lambda asked: 429 if asked < 12 else 200, **{"retry-after": "2"})
     assert RemoteService(url="http://a", token="x", pause=waited.append).job("0") == {"detail": "busy"}
     assert waited == [2.0] * 12
 
 
-def test_a_server_that_stays_away_is_given_up_after_half_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_stop_after_half_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     waited = answers_of(monkeypatch, lambda _: 503)
     with pytest.raises(RunError, match="busy"):
         RemoteService(url="http://a", token="x", pause=waited.append).job("0")
@@ -149,7 +147,7 @@ def test_a_server_that_stays_away_is_given_up_after_half_an_hour(monkeypatch: py
     assert 1800 <= sum(waited) < 1900
 
 
-def test_a_wrong_token_and_a_wrong_address_are_said(live_port: int) -> None:
+def test_a_wrong_token_and_a_wrong_address_are_reported(live_port: int) -> None:
     with pytest.raises(RunError, match="The token is not valid"):
         RemoteService(url=f"http://127.0.0.1:{live_port}", token="x").job("0" * 32)
     for url in (
@@ -184,14 +182,14 @@ def test_the_commands_list_and_fetch(
 
 
 @pytest.mark.parametrize("text", [b"", b"two words", b"two\nlines", b"\xff\xfe"])
-def test_a_file_that_has_no_token_is_refused(znormseg: Callable[..., Any], tmp_path: Path, text: bytes) -> None:
+def test_a_token_file_without_a_token_is_refused(znormseg: Callable[..., Any], tmp_path: Path, text: bytes) -> None:
     (tmp_path / "token").write_bytes(text)
     ended = znormseg("remote", "status", "http://127.0.0.1:9", "--token-file", tmp_path / "token")
     assert ended.code == 4, ended.err
     assert "token" in ended.err
 
 
-def test_the_first_failure_of_a_request_is_told() -> None:
+def test_the_first_failure_of_a_request_is_reported() -> None:
     waits: list[str] = []
     away = RemoteService(url="http://127.0.0.1:9", token="x", pause=lambda _: None, on_wait=waits.append)
     with pytest.raises(OSError, match="cannot be reached"):
@@ -199,7 +197,7 @@ def test_the_first_failure_of_a_request_is_told() -> None:
     assert waits == ["http://127.0.0.1:9: cannot be reached: ConnectionError. Trying again."]
 
 
-def test_a_certificate_that_is_trusted_serves_the_api(
+def test_the_api_works_with_a_trusted_certificate(
     tls_port: int, service: Service, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate / "cert.pem"))
@@ -207,7 +205,7 @@ def test_a_certificate_that_is_trusted_serves_the_api(
     assert list(remote.jobs()) == []
 
 
-def test_what_is_wrong_with_tls_is_said_at_once(tls_port: int, live_port: int) -> None:
+def test_tls_errors_are_reported_immediately(tls_port: int, live_port: int) -> None:
     def pause(_: float) -> None:
         raise AssertionError("repeated")
 
@@ -224,7 +222,7 @@ def test_without_a_home_folder_a_submission_is_not_recorded(tmp_path: Path, monk
     assert _state_file("http://a", []) is None
 
 
-def test_the_working_folder_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_folder_can_be_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from app.cli.remote import _of_folder
 
     (tmp_path / "case").mkdir()

@@ -30,7 +30,7 @@ def event(action: str) -> Event:
     return Event(at=0.0, user="ann", action=action, what="")
 
 
-def test_the_migrations_make_exactly_the_tables_of_the_code(database: Database) -> None:
+def test_the_migrations_create_exactly_the_tables_of_the_models(database: Database) -> None:
     with database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
 
@@ -41,7 +41,7 @@ def test_migrating_again_changes_nothing(database: Database) -> None:
     assert database.revision() == before == "0001"
 
 
-def test_the_database_of_a_newer_program_is_refused(database: Database) -> None:
+def test_a_database_of_a_newer_version_is_refused(database: Database) -> None:
     with database.writing() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     for look in (database.migrate, database.revision):
@@ -49,7 +49,7 @@ def test_the_database_of_a_newer_program_is_refused(database: Database) -> None:
             look()
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_bytes(b"no database" * 100)
     broken = Database(f"sqlite:///{tmp_path / 'x.db'}")
     with pytest.raises(RunError, match="cannot be used as the database"):
@@ -57,7 +57,7 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     broken.close()
 
 
-def test_only_its_owner_may_read_it(database: Database, tmp_path: Path) -> None:
+def test_only_the_owner_can_read_the_database(database: Database, tmp_path: Path) -> None:
     with database.writing() as session:
         session.add(event("a"))
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("service.db*")}
@@ -77,7 +77,7 @@ def test_a_failed_transaction_changes_nothing(database: Database) -> None:
         assert session.query(Event).count() == 0
 
 
-def test_what_was_deleted_is_in_none_of_its_files(database: Database, tmp_path: Path) -> None:
+def test_deleted_data_is_in_none_of_the_database_files(database: Database, tmp_path: Path) -> None:
     with database.writing() as session:
         session.add(event("SECRET-NAME"))
     assert any(b"SECRET-NAME" in path.read_bytes() for path in tmp_path.iterdir())
@@ -100,7 +100,7 @@ def test_a_full_disk_is_recognised(error: Exception, full: bool) -> None:
     assert is_full(error) == full
 
 
-def test_a_transaction_that_meets_a_full_disk_says_so(database: Database) -> None:
+def test_a_transaction_on_a_full_disk_reports_it(database: Database) -> None:
     with pytest.raises(OSError, match="No space left") as caught, database.writing():
         raise OperationalError("INSERT", {}, Exception("database or disk is full"))
     assert caught.value.errno == errno.ENOSPC

@@ -80,7 +80,7 @@ def fail(*arguments: object) -> None:
     raise AWAY
 
 
-def test_a_cancel_that_meets_the_end_of_its_job_does_not_kill_the_next_process(
+def test_cancelling_a_job_as_it_ends_does_not_kill_the_next_process(
     service: Service,
     dispatcher: Dispatcher,
     submit: Submit,
@@ -105,7 +105,7 @@ def test_a_cancel_that_meets_the_end_of_its_job_does_not_kill_the_next_process(
     assert row_of(service, job).state == "cancelled"
 
 
-def test_a_lost_worker_is_handled_again_after_the_database_was_away(
+def test_a_lost_worker_is_handled_once_the_database_is_back(
     service: Service, dispatcher: Dispatcher, worker: _Worker, submit: Submit
 ) -> None:
     job = submit()
@@ -134,7 +134,7 @@ def test_a_dispatcher_that_has_ended_is_reported(dispatcher: Dispatcher) -> None
     assert "has ended" in dispatcher.trouble
 
 
-def test_a_job_that_no_worker_holds_does_not_stay_running(
+def test_a_job_without_a_worker_does_not_stay_running(
     service: Service, dispatcher: Dispatcher, worker: _Worker, submit: Submit
 ) -> None:
     held = submit()
@@ -162,7 +162,7 @@ def test_a_job_that_does_not_fit_on_the_disk_waits_behind_the_others(
     assert row_of(service, large).state == "queued"
 
 
-def test_a_job_whose_model_is_gone_fails_and_cannot_be_repeated(
+def test_a_job_whose_model_was_removed_fails_and_cannot_be_repeated(
     service: Service, dispatcher: Dispatcher, worker: _Worker, submit: Submit, accounts: dict[str, Account]
 ) -> None:
     job = submit()

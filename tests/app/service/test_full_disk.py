@@ -56,7 +56,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 900) -> None:
         time.sleep(0.2)
 
 
-def test_uploads_jobs_and_commits_wait_for_room_and_lose_nothing(
+def test_uploads_jobs_and_commits_wait_for_disk_space_without_losing_data(
     start_server: Callable[..., Any], phantoms: Path, small_disk: Path, predicted: Callable[[Path], bytes]
 ) -> None:
     case = sorted(phantoms.iterdir())[0]

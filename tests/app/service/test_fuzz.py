@@ -31,7 +31,7 @@ PUBLIC = ("/api/v1/health", "/api/v1/ready")
 pytestmark = pytest.mark.slow
 
 
-def test_the_document_has_examples_and_describes_every_operation(client: TestClient) -> None:
+def test_the_openapi_document_has_examples_and_describes_every_operation(client: TestClient) -> None:
     document = client.get("/api/v1/openapi.json").json()
     operations = [one for path in document["paths"].values() for one in path.values()]
     assert len(operations) == OPERATIONS
@@ -40,7 +40,7 @@ def test_the_document_has_examples_and_describes_every_operation(client: TestCli
 
 
 @pytest.mark.parametrize("with_token", [True, False], ids=["token", "nobody"])
-def test_no_request_makes_the_server_fail_or_answer_outside_of_its_schema(
+def test_no_request_makes_the_server_fail_or_violate_its_schema(
     *,
     service: Service,
     site: ASGIApp,

@@ -55,13 +55,13 @@ def test_an_ordinary_request_is_answered(say: Callable[[bytes], bytes]) -> None:
 @pytest.mark.parametrize(
     "start", [b"", b"GET /api", HEALTH, HEALTH + b"\r\nGET /ap"], ids=["nothing", "line", "head", "2nd"]
 )
-def test_a_connection_whose_headers_do_not_come_is_closed(say: Callable[[bytes], bytes], start: bytes) -> None:
+def test_a_connection_that_sends_no_headers_is_closed(say: Callable[[bytes], bytes], start: bytes) -> None:
     began = time.monotonic()
     say(start)
     assert time.monotonic() - began < 10
 
 
-def test_headers_that_drip_are_cut_after_the_limit_in_all(port: int) -> None:
+def test_slowly_sent_headers_are_cut_off_after_the_total_limit(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         began, is_open = time.monotonic(), True
         connection.sendall(HEALTH)
@@ -74,7 +74,7 @@ def test_headers_that_drip_are_cut_after_the_limit_in_all(port: int) -> None:
     assert not is_open
 
 
-def test_a_body_that_pauses_is_cut(say: Callable[[bytes], bytes], service: Service) -> None:
+def test_a_stalled_body_is_cut_off(say: Callable[[bytes], bytes], service: Service) -> None:
     token = service.accounts.add_token("ann").encode()
     head = b"POST /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     answer = say(head + b"Authorization: Bearer " + token + b'\r\nContent-Length: 100\r\n\r\n{"upload":')

@@ -96,7 +96,7 @@ def hosts(browser: Any) -> set[str]:
     return asked
 
 
-def test_a_person_signs_in_drops_four_files_watches_looks_downloads_and_deletes(
+def test_a_user_signs_in_uploads_four_files_and_views_downloads_and_deletes_the_result(
     browser: Any, start_server: Callable[..., Any], phantoms: Path, predicted: Callable[[Path], bytes], tmp_path: Path
 ) -> None:
     server = start_server()
@@ -150,7 +150,7 @@ def test_a_person_signs_in_drops_four_files_watches_looks_downloads_and_deletes(
     assert hosts(browser) == {server.url.removeprefix("http://")}
 
 
-def test_the_page_asks_for_a_contrast_that_it_does_not_recognise(
+def test_the_page_asks_for_an_unrecognised_contrast(
     browser: Any, start_server: Callable[..., Any], phantoms: Path, tmp_path: Path
 ) -> None:
     server = start_server()

@@ -12,7 +12,7 @@ from app.service import intake
 from app.service.refusals import RefusedError
 
 
-def test_a_service_that_stops_ends_the_look_at_an_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_the_service_stops_the_check_of_an_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = tmp_path / "python"
     slow.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
     slow.chmod(0o700)

@@ -42,14 +42,14 @@ def end(service: Service, job: str, state: str, *, ago: float = 0.0) -> None:
         row.result = {"volumes_ml": {"WT": 1.0}, "flags": [], "files": [{**file, "bytes": 10, "sha256": "ab" * 32}]}
 
 
-def test_each_case_of_an_upload_becomes_a_job_and_they_queue_in_order(
+def test_each_case_of_an_upload_becomes_a_job_queued_in_order(
     service: Service, accounts: Accounts, ready_upload: Ready
 ) -> None:
     jobs = submitted(service, accounts["ann"], ready_upload(accounts["ann"], cases=3))
     assert [service.jobs.read(accounts["ann"], job).place for job in jobs] == [1, 2, 3]
 
 
-def test_high_goes_before_normal_before_low(service: Service, accounts: Accounts, ready_upload: Ready) -> None:
+def test_higher_priorities_run_first(service: Service, accounts: Accounts, ready_upload: Ready) -> None:
     eve = accounts["eve"]
     upload = ready_upload(eve)
     jobs = {priority: submitted(service, eve, upload, priority=priority)[0] for priority in ("low", "normal", "high")}
@@ -57,7 +57,7 @@ def test_high_goes_before_normal_before_low(service: Service, accounts: Accounts
     assert places == {"high": 1, "normal": 2, "low": 3}
 
 
-def test_the_same_key_makes_the_same_jobs_and_another_request_is_refused(
+def test_an_idempotency_key_returns_the_same_jobs_and_is_refused_for_another_request(
     service: Service, accounts: Accounts, ready_upload: Ready
 ) -> None:
     ann, upload = accounts["ann"], ready_upload(accounts["ann"])
@@ -67,13 +67,13 @@ def test_the_same_key_makes_the_same_jobs_and_another_request_is_refused(
         submitted(service, ann, upload, "key", priority="low")
 
 
-def test_a_key_belongs_to_its_user(service: Service, accounts: Accounts, ready_upload: Ready) -> None:
+def test_an_idempotency_key_belongs_to_its_user(service: Service, accounts: Accounts, ready_upload: Ready) -> None:
     jobs = [submitted(service, accounts[name], ready_upload(accounts[name]), "key")[0] for name in ("ann", "ben")]
     assert jobs[0] != jobs[1]
 
 
 @pytest.mark.parametrize("limit", ["most_queued", "most_queued_per_user"])
-def test_a_full_queue_is_answered_with_429_and_when_to_retry(
+def test_a_full_queue_gives_429_with_retry_after(
     service: Service, accounts: Accounts, ready_upload: Ready, limit: str
 ) -> None:
     object.__setattr__(service.settings, limit, 2)
@@ -92,7 +92,7 @@ def test_a_full_queue_is_answered_with_429_and_when_to_retry(
         ({"upload": "0" * 32}, "no such upload"),
     ],
 )
-def test_a_request_that_fits_nothing_is_refused(
+def test_a_request_that_matches_nothing_is_refused(
     service: Service, accounts: Accounts, ready_upload: Ready, request_: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(RefusedError, match=says):
@@ -105,7 +105,7 @@ def test_a_case_with_problems_gets_no_job(service: Service, accounts: Accounts, 
         submitted(service, accounts["ann"], upload)
 
 
-def test_the_list_comes_in_parts_newest_first(
+def test_the_list_is_paginated_newest_first(
     service: Service, accounts: Accounts, ready_upload: Ready, client: TestClient, token: Token
 ) -> None:
     jobs = submitted(service, accounts["ann"], ready_upload(accounts["ann"], cases=5))
@@ -120,7 +120,7 @@ def test_the_list_comes_in_parts_newest_first(
     assert seen == jobs[::-1]
 
 
-def test_a_cancelled_job_can_be_repeated_and_one_that_is_done_cannot(
+def test_a_cancelled_job_can_be_repeated_and_a_finished_one_cannot(
     service: Service, accounts: Accounts, ready_upload: Ready
 ) -> None:
     ann = accounts["ann"]
@@ -134,7 +134,7 @@ def test_a_cancelled_job_can_be_repeated_and_one_that_is_done_cannot(
         service.jobs.cancel(ann, second)
 
 
-def test_an_unchanged_job_is_answered_with_304(
+def test_an_unchanged_job_gives_304(
     service: Service, accounts: Accounts, ready_upload: Ready, client: TestClient, token: Token
 ) -> None:
     (job,) = submitted(service, accounts["ann"], ready_upload(accounts["ann"]))
@@ -145,7 +145,7 @@ def test_an_unchanged_job_is_answered_with_304(
     assert client.get(f"{API}/jobs/{job}", headers={**header, "If-None-Match": tag}).status_code == 200
 
 
-def test_a_download_has_ranges_an_etag_and_the_name_of_the_case(
+def test_a_download_supports_ranges_and_has_an_etag_and_the_name_of_the_case(
     service: Service, accounts: Accounts, ready_upload: Ready, client: TestClient, token: Token
 ) -> None:
     (job,) = submitted(service, accounts["ann"], ready_upload(accounts["ann"], name="Doe Ján\n"))
@@ -160,7 +160,7 @@ def test_a_download_has_ranges_an_etag_and_the_name_of_the_case(
     assert client.get(path, headers={**header, "Range": "bytes=99-"}).status_code == 416
 
 
-def test_events_tell_each_change_after_the_given_one(
+def test_events_report_each_change_after_the_given_one(
     service: Service, accounts: Accounts, ready_upload: Ready, client: TestClient, token: Token
 ) -> None:
     ann = accounts["ann"]
@@ -196,7 +196,9 @@ def test_deleting_a_job_leaves_nothing_of_it(service: Service, accounts: Account
         assert session.query(Job).count() == session.query(Upload).count() == 0
 
 
-def test_images_go_with_the_last_job_of_their_upload(service: Service, accounts: Accounts, ready_upload: Ready) -> None:
+def test_images_are_deleted_with_the_last_job_of_their_upload(
+    service: Service, accounts: Accounts, ready_upload: Ready
+) -> None:
     ann = accounts["ann"]
     first, second = submitted(service, ann, ready_upload(ann, cases=2))
     for job, left in ((first, 1), (second, 0)):
@@ -205,7 +207,7 @@ def test_images_go_with_the_last_job_of_their_upload(service: Service, accounts:
         assert len(files_of(service)) == left
 
 
-def test_a_running_job_is_deleted_once_its_worker_has_stopped(
+def test_a_running_job_is_deleted_after_its_worker_has_stopped(
     service: Service, accounts: Accounts, ready_upload: Ready
 ) -> None:
     ann = accounts["ann"]
@@ -222,7 +224,7 @@ def test_a_running_job_is_deleted_once_its_worker_has_stopped(
     assert files_of(service) == []
 
 
-def test_ended_jobs_and_unused_uploads_are_deleted_by_age(
+def test_finished_jobs_and_unused_uploads_are_deleted_by_age(
     service: Service, accounts: Accounts, ready_upload: Ready
 ) -> None:
     ann, day = accounts["ann"], 86400.0
@@ -238,7 +240,7 @@ def test_ended_jobs_and_unused_uploads_are_deleted_by_age(
     assert files_of(service) == []
 
 
-def test_what_a_killed_service_left_without_a_row_is_removed_at_the_start(
+def test_orphaned_files_of_a_killed_service_are_removed_at_startup(
     service: Service, accounts: Accounts, ready_upload: Ready
 ) -> None:
     kept = ready_upload(accounts["ann"])
@@ -255,7 +257,7 @@ def test_what_a_killed_service_left_without_a_row_is_removed_at_the_start(
     assert list(partial.iterdir()) == []
 
 
-def test_a_deletion_that_was_interrupted_is_finished_later(
+def test_an_interrupted_deletion_is_finished_later(
     service: Service, accounts: Accounts, ready_upload: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ann = accounts["ann"]
@@ -270,7 +272,7 @@ def test_a_deletion_that_was_interrupted_is_finished_later(
     assert files_of(service) == []
 
 
-def test_a_folder_that_cannot_be_removed_keeps_no_other_and_is_removed_later(
+def test_a_folder_that_cannot_be_removed_does_not_block_others_and_is_removed_later(
     *,
     service: Service,
     accounts: Accounts,
@@ -295,7 +297,7 @@ def test_a_folder_that_cannot_be_removed_keeps_no_other_and_is_removed_later(
     assert list(service.settings.place.uploads.iterdir()) == []
 
 
-def test_the_log_says_who_did_what_without_names_of_cases(
+def test_the_log_records_who_did_what_without_case_names(
     service: Service, accounts: Accounts, ready_upload: Ready
 ) -> None:
     from app.service.tables import Event

@@ -194,7 +194,7 @@ def test_on_sigterm_running_jobs_are_queued_again_and_the_exit_is_clean(start_se
     assert states in (["queued"], ["done"])
 
 
-def test_a_second_service_on_the_folder_is_refused(
+def test_a_second_service_on_the_same_folder_is_refused(
     start_server: Start, shell: Callable[..., Any], quick_run: Path
 ) -> None:
     server = start_server()

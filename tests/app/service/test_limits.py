@@ -7,7 +7,7 @@ import pytest
 from app.service.limits import Failures
 
 
-def test_after_some_failures_one_waits_until_the_oldest_has_left_the_window() -> None:
+def test_after_too_many_failures_attempts_wait_until_the_oldest_leaves_the_window() -> None:
     at = [0.0]
     failures = Failures(most=2, seconds=10, now=lambda: at[0])
     for at[0] in (0.0, 4.0):
@@ -19,7 +19,7 @@ def test_after_some_failures_one_waits_until_the_oldest_has_left_the_window() ->
     assert failures.wait("a") == 0
 
 
-def test_a_success_forgets() -> None:
+def test_a_success_clears_earlier_failures() -> None:
     failures = Failures(most=1, seconds=10)
     failures.add("a")
     failures.forget("a")
@@ -40,7 +40,7 @@ def test_only_keys_with_failures_in_the_window_are_kept() -> None:
     assert failures._seen == {}
 
 
-def test_many_keys_push_out_only_the_oldest_and_first_those_whose_window_has_passed(
+def test_too_many_keys_evict_expired_ones_first_and_then_the_oldest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("app.service.limits._MOST_KEYS", 3)

@@ -46,9 +46,7 @@ def copies(folder: Path, job: str, count: int) -> None:
         database.execute("UPDATE counters SET value = 2000000")
 
 
-def test_reads_are_quick_with_a_thousand_jobs_while_two_compute(
-    start_server: Callable[..., Any], phantoms: Path
-) -> None:
+def test_reads_are_fast_with_a_thousand_jobs_while_two_run(start_server: Callable[..., Any], phantoms: Path) -> None:
     server = start_server("--workers", "2")
     upload = server.upload(sorted(phantoms.iterdir())[0])
     (first,) = server.ask("POST", "/jobs", {"upload": upload})["jobs"]
@@ -72,7 +70,7 @@ def test_reads_are_quick_with_a_thousand_jobs_while_two_compute(
     assert shares[-1] < 0.05, figures
 
 
-def test_an_upload_of_a_gigabyte_does_not_grow_the_memory(start_server: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_upload_of_a_gigabyte_does_not_increase_memory_use(start_server: Callable[..., Any], tmp_path: Path) -> None:
     server = start_server()
     size = 10**9
     sparse = tmp_path / "a_t1.nii"

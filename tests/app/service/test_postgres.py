@@ -94,13 +94,13 @@ def ann(service: Service) -> Account:
         return Account(id=session.query(User).one().id, name="ann", role="user")
 
 
-def test_the_migrations_make_the_tables_of_the_code(service: Service) -> None:
+def test_the_migrations_create_the_tables_of_the_models(service: Service) -> None:
     service.database.migrate()
     with service.database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
 
 
-def test_jobs_are_made_once_ordered_cancelled_and_deleted(
+def test_jobs_are_created_once_ordered_cancelled_and_deleted(
     service: Service, ann: Account, ready_upload: Callable[..., str]
 ) -> None:
     request = JobRequest(upload=ready_upload(ann, cases=2))
@@ -122,7 +122,7 @@ def test_a_session_and_a_token_work(service: Service) -> None:
     assert service.accounts.by_token(service.accounts.add_token("ann")) is not None
 
 
-def test_a_second_service_on_the_database_is_refused(service: Service, url: str) -> None:
+def test_a_second_service_on_the_same_database_is_refused(service: Service, url: str) -> None:
     service.database.guard()
     second = Database(url)
     with pytest.raises(RunError, match="another service uses this database"):

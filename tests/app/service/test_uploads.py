@@ -60,7 +60,7 @@ def images(case: Path) -> list[Path]:
     return [path for path in sorted(case.glob("*.nii.gz")) if "seg" not in path.name]
 
 
-def test_an_interrupted_upload_says_what_is_missing_and_continues(client: TestClient, ann: dict[str, str]) -> None:
+def test_an_interrupted_upload_reports_what_is_missing_and_resumes(client: TestClient, ann: dict[str, str]) -> None:
     upload = announced(client, ann, [{"name": f"a_{one}.nii", "bytes": 3} for one in ("t1", "t2")])
     path = f"{API}/uploads/{upload}"
     assert client.put(f"{path}/files/1", headers=ann, content=b"abc").status_code == 204
@@ -70,13 +70,13 @@ def test_an_interrupted_upload_says_what_is_missing_and_continues(client: TestCl
     assert (answer.status_code, answer.json()["detail"][:23]) == (409, "1 of 2 files have not a")
 
 
-def test_a_cut_file_leaves_nothing(client: TestClient, ann: dict[str, str], service: Service) -> None:
+def test_a_truncated_file_leaves_nothing(client: TestClient, ann: dict[str, str], service: Service) -> None:
     upload = announced(client, ann, [{"name": "a_t1.nii", "bytes": 10}])
     client.put(f"{API}/uploads/{upload}/files/0", headers=ann, content=b"half")
     assert list(service.settings.place.received(upload).iterdir()) == []
 
 
-def test_without_room_an_upload_is_refused_before_it_is_sent(
+def test_without_disk_space_an_upload_is_refused_before_it_is_sent(
     client: TestClient, ann: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100, 95, 5))
@@ -85,7 +85,7 @@ def test_without_room_an_upload_is_refused_before_it_is_sent(
     assert int(answer.headers["retry-after"]) > 0
 
 
-def test_a_disk_that_fills_up_while_a_file_arrives_is_said_and_the_upload_continues(
+def test_a_disk_that_fills_up_during_an_upload_is_reported_and_the_upload_can_resume(
     client: TestClient, ann: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload = announced(client, ann, [{"name": "a_t1.nii", "bytes": 3}])
@@ -145,7 +145,7 @@ def test_a_refused_archive_leaves_nothing_on_the_disk(
     assert not service.settings.place.upload(answer["id"]).exists()
 
 
-def test_a_contrast_that_is_missing_is_asked_about(client: TestClient, ann: dict[str, str], phantoms: Path) -> None:
+def test_a_missing_contrast_is_asked_for(client: TestClient, ann: dict[str, str], phantoms: Path) -> None:
     paths = images(sorted(phantoms.iterdir())[0])
     answer = sent(client, ann, paths, ["x1.nii.gz", *[path.name for path in paths[1:]]])
     (found,) = answer["cases"]
@@ -181,7 +181,7 @@ def test_a_folder_of_the_inbox_becomes_an_upload_without_following_links(
     assert "passwd" not in answer.text
 
 
-def test_an_upload_that_was_checked_meanwhile_is_not_checked_again(
+def test_an_upload_checked_in_the_meantime_is_not_checked_again(
     service: Service, accounts: dict[str, Account], ready_upload: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload, read, seen = ready_upload(accounts["ann"]), Uploads._row, []
@@ -198,7 +198,7 @@ def test_an_upload_that_was_checked_meanwhile_is_not_checked_again(
     assert (service.settings.place.cases(upload) / "00000" / "case_t1.nii.gz").is_file()
 
 
-def test_a_file_that_ends_while_its_upload_is_checked_replaces_nothing(
+def test_a_file_that_completes_during_the_check_replaces_nothing(
     client: TestClient, ann: dict[str, str], service: Service
 ) -> None:
     upload = announced(client, ann, [{"name": "a_t1.nii", "bytes": 3}])
@@ -220,7 +220,7 @@ def test_an_upload_that_is_being_checked_is_not_deleted(
     assert client.delete(f"{API}/uploads/{upload}", headers=ann).status_code == 204
 
 
-def test_the_reserve_is_kept_while_a_file_arrives(
+def test_the_disk_reserve_is_kept_during_an_upload(
     client: TestClient, ann: dict[str, str], service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upload = announced(client, ann, [{"name": "a_t1.nii", "bytes": 3}])
@@ -233,7 +233,7 @@ def test_the_reserve_is_kept_while_a_file_arrives(
     assert list(service.settings.place.received(upload).iterdir()) == []
 
 
-def test_an_archive_for_which_there_is_no_room_is_kept_until_there_is(
+def test_an_archive_without_space_to_unpack_is_kept_until_space_is_available(
     client: TestClient, ann: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as made:
@@ -263,7 +263,7 @@ def inbox(tmp_path: Path, service: Service) -> Path:
 
 
 @pytest.mark.usefixtures("inbox")
-def test_a_copied_folder_is_completed_later_where_the_service_is_busy(
+def test_a_copied_folder_is_completed_later_if_the_service_is_busy(
     client: TestClient, ann: dict[str, str], service: Service
 ) -> None:
     service.uploads._looking |= {"1", "2"}

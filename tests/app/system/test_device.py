@@ -24,14 +24,14 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
-def test_the_cpu_is_taken_where_it_is_asked_for() -> None:
+def test_the_cpu_is_used_if_requested() -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu"))
     assert runtime.device == torch.device("cpu")
     assert runtime.reasons[0] == "device cpu: requested"
 
 
 @without_cuda
-def test_without_cuda_auto_takes_the_cpu_and_says_why() -> None:
+def test_without_cuda_auto_uses_the_cpu_and_says_why() -> None:
     runtime = choose_runtime(RuntimeConfig())
     assert runtime.device == torch.device("cpu")
     assert runtime.reasons[0] == "device cpu: no CUDA device found"
@@ -39,20 +39,20 @@ def test_without_cuda_auto_takes_the_cpu_and_says_why() -> None:
 
 @without_cuda
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_cuda_where_there_is_none_is_refused_with_a_way_out(device: str) -> None:
+def test_cuda_without_a_gpu_is_refused_with_a_remedy(device: str) -> None:
     with pytest.raises(DeviceError, match=f"device {device}: .*--device cpu"):
         choose_runtime(RuntimeConfig(device=device))
 
 
 @with_cuda
-def test_with_cuda_auto_takes_the_first_device_and_names_it() -> None:
+def test_with_cuda_auto_uses_the_first_device_and_names_it() -> None:
     runtime = choose_runtime(RuntimeConfig())
     assert runtime.device == torch.device("cuda", 0)
     assert torch.cuda.get_device_name(0) in runtime.reasons[0]
 
 
 @with_cuda
-def test_a_cuda_device_beyond_the_last_is_refused_with_their_number() -> None:
+def test_a_cuda_device_beyond_the_last_is_refused_with_the_device_count() -> None:
     with pytest.raises(DeviceError, match=f"there are {torch.cuda.device_count()} CUDA devices"):
         choose_runtime(RuntimeConfig(device="cuda:99"))
 
@@ -68,7 +68,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("four_gpus")
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_each_process_of_a_host_takes_its_own_gpu(device: str) -> None:
+def test_each_process_of_a_host_uses_its_own_gpu(device: str) -> None:
     runtime = choose_runtime(RuntimeConfig(device=device), local_rank=3)
     assert runtime.device == torch.device("cuda", 3)
     assert runtime.reasons[0] == "device cuda:3: the GPU of process 3 of this host"
@@ -76,7 +76,7 @@ def test_each_process_of_a_host_takes_its_own_gpu(device: str) -> None:
 
 @pytest.mark.usefixtures("four_gpus")
 @pytest.mark.parametrize(("device", "local_rank", "index"), [("cuda:1", None, 1), ("cuda", None, 0), ("auto", 2, 2)])
-def test_the_gpu_that_is_chosen_is_the_current_one_before_it_is_asked_what_it_can(
+def test_the_chosen_gpu_is_made_current_before_its_capabilities_are_queried(
     device: str, local_rank: int | None, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[object] = []
@@ -87,7 +87,7 @@ def test_the_gpu_that_is_chosen_is_the_current_one_before_it_is_asked_what_it_ca
 
 
 @pytest.mark.usefixtures("four_gpus")
-def test_a_device_that_is_only_looked_for_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_querying_for_a_device_does_not_initialise_it(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     require_device("cuda:3")
@@ -97,7 +97,7 @@ def test_a_device_that_is_only_looked_for_is_not_taken(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("four_gpus")
-def test_a_process_without_a_gpu_of_its_own_is_refused_with_their_number() -> None:
+def test_a_process_without_its_own_gpu_is_refused_with_the_device_count() -> None:
     with pytest.raises(DeviceError, match="process 4 of this host has no GPU: there are 4"):
         choose_runtime(RuntimeConfig(), local_rank=4)
 
@@ -109,7 +109,7 @@ def test_one_gpu_for_several_processes_is_refused() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_the_precision_asked_for_is_taken(precision: Any) -> None:
+def test_the_requested_precision_is_used(precision: Any) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
     assert runtime.precision is getattr(torch, precision)
     assert runtime.reasons[1] == f"precision {precision}: requested"
@@ -119,7 +119,7 @@ def test_the_precision_asked_for_is_taken(precision: Any) -> None:
     ("on_gpu", "asked_for", "on_cpu"),
     [("float32", False, "float32"), ("float16", True, "float16"), ("float16", False, "bfloat16")],
 )
-def test_below_a_gpu_the_cpu_has_the_precision_that_was_asked_for_and_never_less_than_float32(
+def test_the_cpu_fallback_has_the_requested_precision_but_at_least_float32(
     *, on_gpu: Any, asked_for: bool, on_cpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
@@ -136,7 +136,7 @@ def test_below_a_gpu_the_cpu_has_the_precision_that_was_asked_for_and_never_less
     [("SSE41", "float32"), ("avx2", "float32"), ("AVX512_CORE", "float32"), ("AVX512_CORE_BF16", "bfloat16")],
 )
 @pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
-def test_auto_keeps_to_the_instructions_that_onednn_is_limited_to(
+def test_auto_respects_the_instruction_set_limit_of_onednn(
     variable: str, limit: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.system.device.cpu_flags", lambda: {"avx512_bf16"})
@@ -147,7 +147,7 @@ def test_auto_keeps_to_the_instructions_that_onednn_is_limited_to(
     assert (f"{variable}={limit} disables bfloat16 arithmetic" in reason) == (precision == "float32")
 
 
-def test_what_was_asked_for_is_told_from_what_was_chosen() -> None:
+def test_requested_and_chosen_settings_are_reported_separately() -> None:
     assert choose_runtime(RuntimeConfig(device="cpu", precision="float32")).precision_asked_for
     assert not choose_runtime(RuntimeConfig(device="cpu")).precision_asked_for
 
@@ -161,7 +161,7 @@ def test_the_precision_chosen_comes_with_its_reason() -> None:
 @pytest.mark.parametrize(
     ("precision", "result"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
-def test_a_matrix_product_under_autocast_has_the_precision(precision: Any, result: torch.dtype) -> None:
+def test_a_matrix_product_under_autocast_has_the_chosen_precision(precision: Any, result: torch.dtype) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
     with runtime.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is result
@@ -171,7 +171,7 @@ def test_a_matrix_product_under_autocast_has_the_precision(precision: Any, resul
     ("bfloat16", "capability", "precision"),
     [(True, (8, 0), torch.bfloat16), (False, (7, 5), torch.float16), (False, (6, 1), torch.float32)],
 )
-def test_on_a_gpu_auto_takes_what_it_multiplies_fast(
+def test_on_a_gpu_auto_uses_the_precision_with_fast_multiplication(
     *, bfloat16: bool, capability: tuple[int, int], precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (
@@ -188,12 +188,12 @@ def test_on_a_gpu_auto_takes_what_it_multiplies_fast(
 
 
 @pytest.mark.parametrize(("wanted", "format_"), [(True, torch.channels_last_3d), (False, torch.contiguous_format)])
-def test_the_memory_format_is_the_one_asked_for(wanted: bool, format_: torch.memory_format) -> None:
+def test_the_requested_memory_format_is_used(wanted: bool, format_: torch.memory_format) -> None:
     assert choose_runtime(RuntimeConfig(device="cpu", channels_last=wanted)).memory_format is format_
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "CPU", "mps"])
-def test_a_device_of_no_known_kind_is_refused_with_those_allowed(device: str) -> None:
+def test_an_unknown_device_type_is_refused_with_the_valid_ones(device: str) -> None:
     with pytest.raises(ValueError, match=r"runtime\.device: auto, cpu, cuda or cuda:N"):
         RuntimeConfig(device=device)
 
@@ -204,13 +204,13 @@ def test_versions_name_every_package_that_a_result_depends_on() -> None:
     assert "unknown" not in found.values()
 
 
-def test_the_machine_is_told_in_one_line_with_its_cores() -> None:
+def test_the_machine_is_described_in_one_line_with_its_cores() -> None:
     assert " cores" in machine()
     assert "\n" not in machine()
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_operations_are_deterministic_where_that_is_asked_for(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_are_deterministic_on_request(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         choose_runtime(RuntimeConfig(device="cpu", deterministic=wanted))

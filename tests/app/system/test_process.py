@@ -21,19 +21,19 @@ def run(code: str, **environment: str) -> str:
 
 
 @GLIBC
-def test_torch_s_threads_sleep_while_they_wait() -> None:
+def test_torch_threads_sleep_while_waiting() -> None:
     code = "from app.system.process import share_processors as s; s(); import torch; torch.ones(9).sum()"
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in run(code, OMP_DISPLAY_ENV="TRUE")
 
 
-def test_how_threads_wait_stays_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_policy_set_by_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     share_processors()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(1.5, "2"), (0.5, "1"), (4.0, None), (None, None)])
-def test_there_are_no_more_threads_than_the_control_group_grants(
+def test_the_number_of_threads_does_not_exceed_the_control_group_quota(
     monkeypatch: pytest.MonkeyPatch, quota: float | None, threads: str | None
 ) -> None:
     monkeypatch.setattr(process, "processor_quota", lambda: quota)
@@ -46,7 +46,7 @@ def test_there_are_no_more_threads_than_the_control_group_grants(
 
 
 @pytest.mark.parametrize(("asked", "threads"), [(None, "2"), ("4", "4"), ("7", "7")])
-def test_workers_share_what_the_control_group_grants_unless_the_user_has_set_threads(
+def test_workers_share_the_control_group_quota_unless_the_user_has_set_threads(
     monkeypatch: pytest.MonkeyPatch, asked: str | None, threads: str
 ) -> None:
     monkeypatch.setattr(process, "_SET", {})
@@ -89,20 +89,20 @@ print(memory_of().own - before)
 
 
 @GLIBC
-def test_large_blocks_go_back_to_the_system_when_they_are_freed() -> None:
+def test_large_blocks_are_returned_to_the_system_when_freed() -> None:
     kept, at_once = (int(run(BLOCKS.replace("{at_once}", str(one)))) for one in (False, True))
     assert at_once < 5e6
     assert kept > 30e6
 
 
 @GLIBC
-def test_freed_memory_is_used_again_without_new_pages() -> None:
+def test_freed_memory_is_reused_without_new_pages() -> None:
     fresh, kept = (int(run(PAGES.replace("{keep}", str(keep)))) for keep in (False, True))
     assert kept < fresh / 5
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
-def test_freed_memory_goes_back_to_the_system() -> None:
+def test_freed_memory_is_returned_to_the_system() -> None:
     code = """
 import psutil
 from app.system.process import give_back_freed_memory

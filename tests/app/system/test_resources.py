@@ -31,25 +31,25 @@ def limits_of(root: Path) -> dict[str, int]:
     return {limit.name: limit.free_bytes for limit in memory_limits(root=root)}
 
 
-def test_without_control_groups_what_is_available_bounds(root: Path) -> None:
+def test_without_control_groups_the_available_memory_is_the_limit(root: Path) -> None:
     assert limits_of(root) == {"MemAvailable": 8 * GB // 1024 * 1024}
 
 
-def test_a_control_group_of_version_2_bounds_and_its_idle_files_count_as_free(root: Path) -> None:
+def test_a_version_2_control_group_limits_memory_and_its_page_cache_counts_as_free(root: Path) -> None:
     write(root, proc__self__cgroup="0::/job\n")
     group = {"memory_dot_max": 4 * GB, "memory_dot_current": 3 * GB, "memory_dot_stat": f"inactive_file {GB}"}
     write(root, **{f"sys__fs__cgroup__job__{name}": str(value) for name, value in group.items()})
     assert limits_of(root)["control group (memory.max)"] == 2 * GB
 
 
-def test_a_control_group_of_version_1_bounds(root: Path) -> None:
+def test_a_version_1_control_group_limits_memory(root: Path) -> None:
     write(root, proc__self__cgroup="4:memory:/job\n")
     group = {"memory_dot_limit_in_bytes": 2 * GB, "memory_dot_usage_in_bytes": GB}
     write(root, **{f"sys__fs__cgroup__memory__job__{name}": str(value) for name, value in group.items()})
     assert memory_limits(root=root)[0].free_bytes == GB
 
 
-def test_a_group_above_bounds_as_well(root: Path) -> None:
+def test_a_parent_control_group_also_limits_memory(root: Path) -> None:
     write(root, proc__self__cgroup="0::/slice/job\n")
     write(root, sys__fs__cgroup__slice__job__memory_dot_max="max", sys__fs__cgroup__slice__job__memory_dot_current="5")
     write(root, sys__fs__cgroup__slice__memory_dot_max=str(GB), sys__fs__cgroup__slice__memory_dot_current="0")
@@ -57,7 +57,7 @@ def test_a_group_above_bounds_as_well(root: Path) -> None:
 
 
 @pytest.mark.parametrize("none", ["max", str(0x7FFFFFFFFFFFF000)])
-def test_a_control_group_without_a_bound_does_not_bound(root: Path, none: str) -> None:
+def test_a_control_group_without_a_limit_does_not_limit_memory(root: Path, none: str) -> None:
     write(root, proc__self__cgroup="0::/\n4:memory:/\n")
     write(root, sys__fs__cgroup__memory_dot_max=none, sys__fs__cgroup__memory_dot_current="1")
     write(root, sys__fs__cgroup__memory__memory_dot_limit_in_bytes=none)
@@ -65,13 +65,13 @@ def test_a_control_group_without_a_bound_does_not_bound(root: Path, none: str) -
     assert set(limits_of(root)) == {"MemAvailable"}
 
 
-def test_a_container_whose_group_has_the_hosts_path_is_bounded_by_the_folder_at_the_top(root: Path) -> None:
+def test_a_container_with_the_hosts_group_path_is_limited_by_the_root_group(root: Path) -> None:
     write(root, proc__self__cgroup="0::/docker/0123\n")
     write(root, sys__fs__cgroup__memory_dot_max=str(GB), sys__fs__cgroup__memory_dot_current="0")
     assert limits_of(root)["control group (memory.max)"] == GB
 
 
-def test_the_time_of_processors_is_read_from_both_versions(root: Path) -> None:
+def test_cpu_quotas_are_read_from_both_versions(root: Path) -> None:
     assert processor_quota(root=root) is None
     write(root, proc__self__cgroup="0::/\n2:cpu,cpuacct:/\n", sys__fs__cgroup__cpu_dot_max="max 100000")
     assert processor_quota(root=root) is None
@@ -82,7 +82,7 @@ def test_the_time_of_processors_is_read_from_both_versions(root: Path) -> None:
     assert processor_quota(root=root) == 0.5
 
 
-def test_memory_of_this_process_grows_by_what_it_takes() -> None:
+def test_the_measured_memory_grows_by_what_is_allocated() -> None:
     before = memory_of()
     if before is None:
         pytest.skip("no /proc here")
@@ -94,11 +94,11 @@ def test_memory_of_this_process_grows_by_what_it_takes() -> None:
     assert after.peak >= after.resident
 
 
-def test_a_process_that_is_gone_has_no_memory(tmp_path: Path) -> None:
+def test_a_process_that_has_ended_has_no_memory(tmp_path: Path) -> None:
     assert memory_of(7, proc=tmp_path) is None
 
 
-def test_the_disk_of_a_place_that_is_not_there_yet_is_that_of_its_folder(tmp_path: Path) -> None:
+def test_the_disk_of_a_path_that_does_not_exist_yet_is_that_of_its_parent(tmp_path: Path) -> None:
     assert free_disk(tmp_path / "a" / "b") == pytest.approx(free_disk(tmp_path), rel=0.01)
     assert cores() >= 1
 
@@ -106,7 +106,7 @@ def test_the_disk_of_a_place_that_is_not_there_yet_is_that_of_its_folder(tmp_pat
 @pytest.mark.parametrize(
     ("asked", "expected"), [("3", 3), ("9", 4), ("2,1", 2), ("0", 4), ("-1", 4), ("many", 4), ("", 4)]
 )
-def test_threads_are_bounded_by_cores_and_by_what_openmp_is_told(
+def test_threads_are_limited_by_cores_and_openmp_settings(
     asked: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.system.resources.cores", lambda: 4)

@@ -78,13 +78,13 @@ def test_each_task_gets_its_own_process_unless_workers_are_reused(
     assert "warn 1: careful" in caplog.messages
 
 
-def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(run: Callable[..., Seen]) -> None:
+def test_a_task_that_kills_its_workers_is_abandoned_and_the_others_finish(run: Callable[..., Seen]) -> None:
     seen = run("a", "die", "c", "d")
     assert seen.lost == {"die 1": "was killed by SIGKILL 3"}
     assert sorted(seen.done) == ["a 0", "c 2", "d 3"]
 
 
-def test_a_task_whose_worker_was_lost_is_done_by_another(run: Callable[..., Seen]) -> None:
+def test_a_task_whose_worker_was_lost_is_taken_over_by_another(run: Callable[..., Seen]) -> None:
     seen = run("die once", "b")
     assert seen.attempts["die once 0"] == 2
     assert seen.lost == {}
@@ -98,7 +98,7 @@ def test_the_error_of_a_worker_keeps_its_type_and_stops_the_others(
         run("wait", "fail", "fail", reuse=reuse)  # the first worker may hold two tasks
 
 
-def test_workers_that_cannot_begin_end_with_their_reason(run: Callable[..., Seen]) -> None:
+def test_workers_that_cannot_start_report_the_reason(run: Callable[..., Seen]) -> None:
     with pytest.raises(DataError, match=r"worker-[12]: no such run"):
         run("a", "b", first="refuse")
 
@@ -138,7 +138,7 @@ def begun() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
     ("task", "error"),
     [("wait", "InterruptedRunError"), ("save", "RunError"), ("train to the end", "InterruptedRunError")],
 )
-def test_a_worker_stops_when_its_parent_is_gone_as_soon_as_it_has_saved(
+def test_a_worker_whose_parent_is_gone_saves_and_stops(
     task: str, error: str, begun: Callable[[str], subprocess.Popen[str]]
 ) -> None:
     worker = begun(task)
@@ -147,7 +147,7 @@ def test_a_worker_stops_when_its_parent_is_gone_as_soon_as_it_has_saved(
     assert f'"error": "{error}"' in out
 
 
-def test_a_signal_that_a_worker_gets_in_a_finalizer_stops_it(begun: Callable[[str], subprocess.Popen[str]]) -> None:
+def test_a_signal_that_arrives_in_a_finalizer_stops_the_worker(begun: Callable[[str], subprocess.Popen[str]]) -> None:
     assert begun("signal in a finalizer").wait(timeout=30) == 1
 
 

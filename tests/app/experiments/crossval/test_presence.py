@@ -36,7 +36,7 @@ def folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
 
-def test_a_case_has_its_largest_logit(folds: Any) -> None:
+def test_a_case_is_scored_by_its_largest_logit(folds: Any) -> None:
     scores, _ = presence.measure_presence(folds)
     decided = {name: int(found >= scores.thresholds[0]) for name, (found,) in scores.probability.items()}
     assert decided == {name: label for name, (_, label) in ANSWERS.items()}

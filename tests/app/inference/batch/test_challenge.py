@@ -61,7 +61,7 @@ def test_label_maps_are_not_written_among_scans_or_into_the_run(
     assert sorted(output.iterdir()) == before
 
 
-def test_ray_is_refused(znormseg: Call) -> None:
+def test_the_ray_engine_is_refused(znormseg: Call) -> None:
     ended = znormseg("predict", "--challenge", "a", "b", "c", "--engine", "ray")
     assert (ended.code, "one host" in ended.err) == (2, True)
 
