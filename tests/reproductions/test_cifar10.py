@@ -37,14 +37,14 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_binary_files_are_read_as_they_are(binary: Path) -> None:
+def test_binary_files_are_read_correctly(binary: Path) -> None:
     images = cifar10.read_images(binary, "test", 2)
     assert sorted(images.classes.tolist()) == sorted(list(range(10)) * 2)
     first = images.pixels[images.classes == 3][0]
     assert torch.equal(first, torch.from_numpy(made(20, 5)[3]))
 
 
-def test_folders_of_images_give_the_same_pixels(tmp_path: Path) -> None:
+def test_image_folders_give_the_same_pixels(tmp_path: Path) -> None:
     pixels = made(3, 0)
     for name, one in zip(("cat/0001.png", "cat/0000.png", "airplane/0000.png"), pixels, strict=True):
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,24 +54,24 @@ def test_folders_of_images_give_the_same_pixels(tmp_path: Path) -> None:
     assert torch.equal(images.pixels, torch.from_numpy(pixels[[2, 1, 0]]))
 
 
-def test_only_the_first_images_of_each_class_are_taken(binary: Path) -> None:
+def test_only_the_first_images_of_each_class_are_used(binary: Path) -> None:
     assert torch.bincount(cifar10.read_images(binary, "train", 3).classes).tolist() == [3] * 10
 
 
-def test_a_missing_file_is_named_with_where_the_data_are(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_with_the_source_of_the_data(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"data_batch_1\.bin: no such file.*https://www\.cs\.toronto\.edu"):
         cifar10.main([str(tmp_path), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_the_pickled_version_is_not_opened(tmp_path: Path) -> None:
+def test_the_pickled_version_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / "data_batch_1").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(SystemExit, match="the pickled version that is there could run any code"):
         cifar10.read_images(tmp_path, "train", 1)
 
 
 @pytest.mark.parametrize("size", [0, 1000])
-def test_a_file_of_a_wrong_size_is_refused(size: int, binary: Path, tmp_path: Path) -> None:
+def test_a_file_of_the_wrong_size_is_refused(size: int, binary: Path, tmp_path: Path) -> None:
     (tmp_path / "test_batch.bin").write_bytes(bytes(size))
     with pytest.raises(SystemExit, match=r"test_batch\.bin: not whole records of 3073 bytes; download it again"):
         cifar10.read_images(tmp_path, "test", 1)
@@ -85,12 +85,12 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (56, 853_018), (110, 1_727_962)])
-def test_the_networks_are_as_large_as_in_the_paper_and_shortcuts_add_nothing(depth: int, parameters: int) -> None:
+def test_the_networks_have_the_size_of_the_paper_and_shortcuts_add_no_weights(depth: int, parameters: int) -> None:
     for kind in ("resnet", "plain"):
         assert sum(p.numel() for p in CifarResNet(f"{kind}{depth}").parameters()) == parameters
 
 
-def test_with_and_without_shortcuts_the_weights_start_equal() -> None:
+def test_initial_weights_are_equal_with_and_without_shortcuts() -> None:
     found = []
     for name in ("resnet20", "plain20"):
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_with_and_without_shortcuts_the_weights_start_equal() -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_the_overlap_is_measured_at_every_shortcut_and_nowhere_else() -> None:
+def test_the_overlap_is_measured_only_at_shortcuts_and_at_every_one() -> None:
     for name, count in (("resnet20", 9), ("plain20", 0)):
         model = CifarResNet(name)
         with znorm.watch_overlap(model.junctions()) as watch:
@@ -113,14 +113,14 @@ def test_a_shortcut_that_halves_the_image_keeps_its_pixels() -> None:
     assert not y[:, 16:].any()
 
 
-def test_augmented_images_keep_their_shape_and_their_pixels() -> None:
+def test_augmented_images_keep_their_shape_and_only_move_pixels() -> None:
     pixels = torch.from_numpy(made(8, 0)).clamp(min=1)
     shifted = cifar10.augment(pixels, torch.Generator().manual_seed(0))
     assert shifted.shape == pixels.shape
     assert (shifted > 0).flatten(1).float().mean(dim=1).min() > (28 / 32) ** 2 - 0.01
 
 
-def test_a_run_shorter_than_the_time_to_a_validation_is_validated_at_its_end(
+def test_a_run_shorter_than_a_validation_interval_is_validated_at_its_end(
     binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "RATES", 1)
@@ -135,7 +135,7 @@ def test_too_few_images_are_refused(binary: Path, tmp_path: Path, capsys: pytest
     assert "has fewer images than --train-images" in capsys.readouterr().err
 
 
-def test_all_rules_run_on_made_images_and_the_same_command_resumes(
+def test_all_rules_run_on_synthetic_images_and_the_same_command_resumes(
     binary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "RATES", 1)

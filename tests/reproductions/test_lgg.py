@@ -44,18 +44,18 @@ def patients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-def test_slices_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_slices_are_read_in_numerical_order(tmp_path: Path) -> None:
     write_patient(tmp_path, "A", slices=11)
     (patient,) = lgg.read_patients(tmp_path)
     assert patient.images.shape == (11, 3, 32, 32)
     assert patient.masks.sum(dim=(1, 2, 3)).tolist() == [0.0] + [64.0] * 10
 
 
-def test_a_missing_sequence_is_known_by_the_repeated_flair(patients: Path) -> None:
+def test_a_missing_sequence_is_recognised_by_the_repeated_flair(patients: Path) -> None:
     assert [patient.missing for patient in lgg.read_patients(patients)] == [(), (), (), (), ("post-contrast",)]
 
 
-def test_channels_have_no_mean_and_a_spread_of_one(patients: Path) -> None:
+def test_channels_have_mean_0_and_standard_deviation_1(patients: Path) -> None:
     images = lgg.read_patients(patients)[0].images
     torch.testing.assert_close(images.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(images.std(dim=(0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
@@ -73,7 +73,7 @@ def test_slices_without_image_or_mask_are_left_out_and_reported(
     assert "A: 2 slices without image or mask are left out" in capsys.readouterr().out
 
 
-def test_an_empty_folder_is_refused_with_where_the_data_are(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused_with_the_source_of_the_data(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no folders of patients.*https://www\.kaggle\.com"):
         lgg.main([str(tmp_path), str(tmp_path / "out")])
 
@@ -99,7 +99,7 @@ def test_no_patient_is_in_two_parts_and_none_is_lost(count: int) -> None:
     assert sum(map(len, parts)) == len(set.union(*parts)) == count
 
 
-def test_two_patients_are_a_smoke_test_and_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_patients_are_labelled_a_smoke_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("A", "B"):
         write_patient(tmp_path, name)
     found = lgg.read_patients(tmp_path)
@@ -126,7 +126,7 @@ class Always(nn.Module):
         return torch.full_like(images[:, :1], self.logit)
 
 
-def test_dice_and_iou_are_taken_over_all_slices_of_a_patient(patients: Path) -> None:
+def test_dice_and_iou_are_computed_over_all_slices_of_a_patient(patients: Path) -> None:
     patient = lgg.read_patients(patients)[0]
     iou = 128 / (3 * 32 * 32)
     assert lgg.scores(Always(1.0), [patient])[patient.name] == pytest.approx((2 * iou / (1 + iou), iou))
@@ -134,7 +134,7 @@ def test_dice_and_iou_are_taken_over_all_slices_of_a_patient(patients: Path) -> 
 
 
 @pytest.mark.parametrize("network", ["unet", "resunet"])
-def test_both_networks_run_on_made_patients(
+def test_both_networks_run_on_synthetic_patients(
     network: str,
     patients: Path,
     tmp_path: Path,

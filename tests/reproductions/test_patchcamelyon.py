@@ -45,7 +45,7 @@ def test_patches_are_read_by_number(patches: Path) -> None:
     assert len(found.labels) == 6
 
 
-def test_a_missing_file_is_named_with_where_the_data_are(patches: Path) -> None:
+def test_a_missing_file_is_named_with_the_source_of_the_data(patches: Path) -> None:
     (patches / name("valid", "y")).unlink()
     with pytest.raises(SystemExit, match=r"split_valid_y\.h5: no such file\. PatchCamelyon is at https://zenodo\.org"):
         patchcamelyon.main([str(patches), str(patches / "out")])
@@ -63,7 +63,7 @@ def test_without_h5py_the_command_that_installs_it_is_named(patches: Path, monke
         patchcamelyon.open_part(patches, "train", 1)
 
 
-def test_it_runs_on_made_patches(
+def test_the_reproduction_runs_on_synthetic_patches(
     patches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep, "RATES", 1)

@@ -45,7 +45,7 @@ def test_the_rates_move_towards_the_best(tmp_path: Path) -> None:
     assert tried == [0.1, 0.3, 0.0333, 0.0111]
 
 
-def test_a_finished_run_is_not_made_again(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     for _ in range(2):
         tried: list[float] = []
         record = Record(tmp_path / "deep" / "runs.jsonl", {"steps": 3})
@@ -53,7 +53,7 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path) -> None:
     assert tried == []
 
 
-def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+def test_a_truncated_line_is_repeated(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     record = Record(path, {})
     for seed in range(2):
@@ -63,7 +63,7 @@ def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     assert path.read_text().endswith("}\n")
 
 
-def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
+def test_runs_with_other_settings_are_refused(tmp_path: Path) -> None:
     Record(tmp_path / "runs.jsonl", {"steps": 3}).result(run(), best_at(0.1, []))
     with pytest.raises(SystemExit, match=r"its runs have other settings, \{'steps': 3\}; choose another folder"):
         Record(tmp_path / "runs.jsonl", {"steps": 4})
@@ -81,7 +81,7 @@ def test_the_table_has_mean_and_spread_at_the_best_rate(tmp_path: Path) -> None:
     assert table[-1] == "| net | sgd | none | 0.1 | 2 | 2 | 0.400 (SD 0.141) | 40, never |"
 
 
-def test_the_rate_rises_then_falls_to_nothing() -> None:
+def test_the_learning_rate_rises_and_then_falls_to_zero() -> None:
     rates = [sweep.rate_at(step, 100, 1.0) for step in range(101)]
     assert rates[9] == max(rates) == 1.0
     assert rates[0] == pytest.approx(0.1)
@@ -108,7 +108,7 @@ def test_each_rule_changes_the_step_in_its_own_way(rule: str, optimizer: str) ->
         assert seen[0] > 100
 
 
-def test_the_curves_are_one_picture_with_a_line_per_rule(tmp_path: Path) -> None:
+def test_the_curves_are_one_picture_with_one_line_per_rule(tmp_path: Path) -> None:
     results: dict[Run, Result] = {
         run(rule, seed=seed, optimizer=optimizer): {"validation": 0.5, "curve": [[10, 0.2], [20, 0.5]]}
         for rule in ("none", "znorm")

@@ -68,7 +68,7 @@ def use(path: Path, folder: Path) -> None:
 @example(kind=("2", "<"), damage=[(439, 96)], length=None, ending=".nii")  # an affine of 1e200
 @example(kind=("2", ">"), damage=[(168, 1)], length=None, ending=".nii.gz")  # voxels 72 petabytes into the file
 @given(kind=kinds, damage=damages, length=st.none() | st.integers(0, 900), ending=st.sampled_from([".nii", ".nii.gz"]))
-def test_any_bytes_of_a_header_are_read_or_refused_by_name(
+def test_any_header_bytes_are_read_or_refused_naming_the_file(
     tmp_path: Path, kind: tuple[str, str], damage: list[tuple[int, int]], length: int | None, ending: str
 ) -> None:
     content = bytearray(whole_file(*kind))
@@ -113,7 +113,7 @@ changes = st.dictionaries(st.sampled_from(list(FIELDS)), st.none(), min_size=1, 
 @given(kind=kinds, change=changes, ending=st.sampled_from([".nii", ".nii.gz"]))
 @example(kind=("1", "<"), change={"dim": [3, 30000, 30000, 30000, 1, 1, 1, 1]}, ending=".nii.gz")
 @example(kind=("2", ">"), change={"qform_code": 1, "sform_code": 0, "quatern_b": 1e30}, ending=".nii")
-def test_any_values_in_the_fields_of_a_header_are_read_or_refused_by_name(
+def test_any_header_field_values_are_read_or_refused_naming_the_file(
     tmp_path: Path, kind: tuple[str, str], change: dict[str, Any], ending: str
 ) -> None:
     header_class: Any = nib.Nifti1Header if kind[0] == "1" else nib.Nifti2Header
@@ -130,7 +130,7 @@ def test_any_values_in_the_fields_of_a_header_are_read_or_refused_by_name(
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_the_good_file_that_the_others_are_made_from_is_read(tmp_path: Path, ending: str) -> None:
+def test_the_valid_file_that_the_others_are_derived_from_is_read(tmp_path: Path, ending: str) -> None:
     for kind in ("1", "2"):
         for endian in "<>":
             content = whole_file(kind, endian)

@@ -214,9 +214,7 @@ def test_data_check_finds_a_bad_image(
 # Ways to go on
 
 
-def test_voxels_that_are_nan_are_taken_as_0_where_asked_for(
-    data: Path, run: Path, tmp_path: Path, znormseg: Call
-) -> None:
+def test_nan_voxels_become_0_on_request(data: Path, run: Path, tmp_path: Path, znormseg: Call) -> None:
     hole(np.nan)(data / CASE / f"{CASE}_t2.nii.gz")
     ended = znormseg("predict", run, data / CASE, tmp_path / "out", "--nan-to-zero", "--json")
     assert ended.code == 0, ended.err
@@ -224,7 +222,7 @@ def test_voxels_that_are_nan_are_taken_as_0_where_asked_for(
     assert "2 voxels of t2 were NaN or infinite; replaced with 0" in ended.err
 
 
-def test_nan_in_the_background_taken_as_0_changes_no_voxel_of_the_answer(
+def test_replacing_nan_in_the_background_changes_no_voxel_of_the_prediction(
     data: Path, run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     znormseg("predict", run, data / CASE, tmp_path / "before")
@@ -237,7 +235,7 @@ def test_nan_in_the_background_taken_as_0_changes_no_voxel_of_the_answer(
 
 
 @pytest.mark.parametrize("words", [["--nan-to-zero"], ["--set", "data.nan_to_zero=true"]])
-def test_training_goes_on_with_nan_taken_as_0(
+def test_training_continues_with_nan_replaced_by_0(
     words: list[str], data: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     hole(np.nan)(data / CASE / f"{CASE}_t1.nii.gz")
@@ -247,7 +245,7 @@ def test_training_goes_on_with_nan_taken_as_0(
 
 
 @pytest.mark.parametrize("what", ["file", "case folder", "data set"])
-def test_a_link_out_of_the_data_is_followed_where_asked_for(
+def test_a_symlink_out_of_the_data_is_followed_on_request(
     *, what: str, data: Path, run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     link(data, what)
@@ -270,7 +268,7 @@ def link(data: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "code"), [("case folder", 6), ("data set", 3)])
-def test_a_link_to_a_folder_elsewhere_is_refused_by_name(
+def test_a_symlink_to_an_outside_folder_is_refused_and_named(
     *, what: str, code: int, data: Path, run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     link(data, what)
@@ -280,7 +278,7 @@ def test_a_link_to_a_folder_elsewhere_is_refused_by_name(
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_evaluate_refuses_a_link_out_of_a_folder_and_follows_it_where_asked_for(
+def test_evaluate_refuses_a_symlink_out_of_a_folder_unless_requested(
     *, kind: str, data: Path, phantoms: Path, znormseg: Call
 ) -> None:
     place = data / CASE / f"{CASE}_seg.nii.gz" if kind == "file" else data / CASE
@@ -290,14 +288,12 @@ def test_evaluate_refuses_a_link_out_of_a_folder_and_follows_it_where_asked_for(
     assert znormseg("evaluate", data, phantoms, "--follow-links").code == 0
 
 
-def test_a_link_from_within_the_data_to_within_is_no_second_case(
-    data: Path, run: Path, tmp_path: Path, znormseg: Call
-) -> None:
+def test_a_symlink_within_the_data_is_not_a_second_case(data: Path, run: Path, tmp_path: Path, znormseg: Call) -> None:
     (data / "favourite").symlink_to(data / CASE)
     assert znormseg("predict", run, data, tmp_path / "out").code == 0
 
 
-def test_a_data_folder_given_as_a_link_is_no_link_out_of_it(
+def test_a_symlinked_data_folder_is_not_a_symlink_out_of_the_data(
     data: Path, run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     (tmp_path / "link").symlink_to(data)
@@ -308,7 +304,7 @@ def test_a_data_folder_given_as_a_link_is_no_link_out_of_it(
 
 
 @pytest.mark.parametrize("case_id", ["a..b", "..", "a\\b", "a\nb"])
-def test_a_case_id_that_is_no_file_name_is_refused(
+def test_a_case_id_that_is_not_a_valid_file_name_is_refused(
     case_id: str, data: Path, run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     files = []
@@ -322,9 +318,7 @@ def test_a_case_id_that_is_no_file_name_is_refused(
 
 
 @pytest.mark.parametrize("case_id", ["../escaped", "/tmp/escaped", "..", ""])
-def test_a_case_made_in_code_with_an_id_that_leads_elsewhere_is_refused(
-    case_id: str, phantoms: Path, tmp_path: Path
-) -> None:
+def test_a_case_object_with_a_path_traversal_id_is_refused(case_id: str, phantoms: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
     from data.datasets.layouts import find_cases
@@ -347,7 +341,7 @@ def test_a_case_id_with_dots_in_a_data_set_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("case_id", ["../../etc/passwd", "a/b", ".."])
-def test_a_split_with_an_id_that_is_no_case_is_refused(
+def test_a_split_with_an_unknown_case_id_is_refused(
     case_id: str, data: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     (tmp_path / "split.json").write_text(json.dumps({"train": [case_id]}))
@@ -411,7 +405,7 @@ BAD_SETTINGS: dict[str, tuple[str, list[str]]] = {
 
 
 @pytest.mark.parametrize(("setting", "words"), list(BAD_SETTINGS.values()), ids=list(BAD_SETTINGS))
-def test_train_refuses_a_bad_setting_before_it_looks_at_the_data(
+def test_train_refuses_a_bad_setting_before_reading_the_data(
     *, setting: str, words: list[str], tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     ended = znormseg("train", tmp_path / "nowhere", tmp_path / "new", *options, "--set", setting)
@@ -420,13 +414,13 @@ def test_train_refuses_a_bad_setting_before_it_looks_at_the_data(
 
 
 @pytest.mark.parametrize("content", ["[" * 5000, "a: " + "{b: " * 3000], ids=["lists", "mappings"])
-def test_a_config_nested_without_end_is_refused(content: str, data: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_an_excessively_nested_config_is_refused(content: str, data: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "deep.yaml").write_text(content)
     ended = znormseg("train", data, tmp_path / "new", "--config", tmp_path / "deep.yaml")
     assert_refused(ended, 4, [str(tmp_path / "deep.yaml")])
 
 
-def test_a_split_nested_without_end_is_refused(data: Path, tmp_path: Path, options: list[str], znormseg: Call) -> None:
+def test_an_excessively_nested_split_is_refused(data: Path, tmp_path: Path, options: list[str], znormseg: Call) -> None:
     (tmp_path / "split.json").write_text("[" * 100_000)
     ended = znormseg("train", data, tmp_path / "new", *options, "--split", tmp_path / "split.json")
     assert_refused(ended, 3, [str(tmp_path / "split.json")])
@@ -489,7 +483,7 @@ BAD_RUNS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize(("spoil", "words"), list(BAD_RUNS.values()), ids=list(BAD_RUNS))
-def test_predict_refuses_a_run_it_cannot_use_and_writes_nothing(
+def test_predict_refuses_an_unusable_run_and_writes_nothing(
     *, spoil: Callable[[Path], object], words: list[str], run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     spoil(run)
@@ -510,6 +504,6 @@ def test_an_output_that_is_a_file_is_refused_and_kept(
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_traceback_is_shown_with_debug_alone(data: Path, run: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_traceback_is_shown_only_with_debug(data: Path, run: Path, tmp_path: Path, znormseg: Call) -> None:
     assert "Traceback" not in znormseg("predict", tmp_path / "no", data, tmp_path / "out").err
     assert "Traceback" in znormseg("--debug", "predict", tmp_path / "no", data, tmp_path / "out").err

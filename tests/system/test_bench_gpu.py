@@ -38,12 +38,12 @@ def test_the_table_says_why_nnunet_is_not_measured(gpu: Any, version: str | None
     assert why in row
 
 
-def test_what_did_not_run_is_in_the_table_with_its_reason(gpu: Any) -> None:
+def test_measurements_that_did_not_run_are_in_the_table_with_the_reason(gpu: Any) -> None:
     found = {"machine": MACHINE, "train laptop ours": {"error": "stopped after 100 s"}, "doctor": {}}
     lines = gpu.report(found)
     assert "| training laptop | stopped after 100 s | | | |" in lines
     assert "| doctor | not run | | | |" in lines
 
 
-def test_a_machine_that_cannot_be_examined_is_one_line(gpu: Any) -> None:
+def test_a_machine_that_cannot_be_examined_gives_one_line(gpu: Any) -> None:
     assert gpu.report({"machine": {"error": "no GPU"}}) == ["The machine could not be examined: no GPU"]

@@ -49,7 +49,7 @@ def test_every_package_of_the_wheel_is_copied() -> None:
         assert f"COPY {package} ./{package}\n" in DOCKERFILE
 
 
-def test_what_is_copied_exists_and_nothing_else_goes_to_the_engine() -> None:
+def test_copied_files_exist_and_nothing_else_is_sent_to_the_engine() -> None:
     lines = re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE)
     copied = {name for line in lines for name in line.split()}
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
@@ -70,32 +70,32 @@ def test_the_gpu_base_is_pinned_by_digest() -> None:
     assert re.search(r"^ARG GPU_BASE=\S+:\S+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.MULTILINE)
 
 
-def test_where_no_target_is_named_the_gpu_image_is_built() -> None:
+def test_without_a_target_the_gpu_image_is_built() -> None:
     assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "gpu"
 
 
 @pytest.mark.parametrize("stage", FINAL_STAGES.values(), ids=FINAL_STAGES)
-def test_the_image_starts_znormseg_as_a_plain_user_away_from_app(stage: str) -> None:
+def test_the_image_runs_znormseg_as_an_ordinary_user_outside_app(stage: str) -> None:
     assert json.loads(re.findall(r"^ENTRYPOINT (.*)$", stage, re.MULTILINE)[-1]) == ["znormseg"]
     assert re.findall(r"^USER (.*)$", stage, re.MULTILINE) == ["1000:1000"]
     assert re.findall(r"^WORKDIR (.*)$", stage, re.MULTILINE) == ["/workspace"]
 
 
 @pytest.mark.parametrize("stage", FINAL_STAGES.values(), ids=FINAL_STAGES)
-def test_home_and_caches_share_one_writable_place(stage: str) -> None:
+def test_home_and_caches_share_one_writable_folder(stage: str) -> None:
     for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR", "NILEARN_DATA", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         assert re.search(rf"\b{name}=/tmp/znormseg/\w+", stage), name
     assert re.search(r"\bHOME=/tmp/znormseg ", stage)
 
 
 @pytest.mark.parametrize("name", HANDED_TO_THE_BUILD)
-def test_what_the_build_is_handed_is_an_argument_and_unknown_to_the_last_stage(name: str) -> None:
+def test_build_inputs_are_arguments_and_unknown_to_the_last_stage(name: str) -> None:
     assert len(re.findall(rf"^ARG {name}=", DOCKERFILE, re.MULTILINE)) == len(FINAL_STAGES)
     assert not any(name in stage for stage in FINAL_STAGES.values())
 
 
 @pytest.mark.parametrize(("target", "stage"), FINAL_STAGES.items())
-def test_models_of_the_build_are_where_the_program_looks_for_them(target: str, stage: str) -> None:
+def test_models_downloaded_in_the_build_are_where_the_program_looks_for_them(target: str, stage: str) -> None:
     models = re.search(
         rf"^FROM {target}-project AS {target}-models$.*?(?=^FROM )", DOCKERFILE, re.MULTILINE | re.DOTALL
     )
@@ -125,7 +125,7 @@ def test_models_are_downloaded_by_name_with_the_certificates_of_the_build(tmp_pa
     assert (tmp_path / "calls").read_text().splitlines() == expected
 
 
-def test_requirements_lists_what_pyproject_asks_for(shell: Callable[..., Any]) -> None:
+def test_requirements_lists_the_dependencies_of_pyproject(shell: Callable[..., Any]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
     run = [*project["project"]["dependencies"], *extras["serve"], *extras["postgres"]]
@@ -135,7 +135,7 @@ def test_requirements_lists_what_pyproject_asks_for(shell: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_executable_and_parse(script: Path) -> None:
+def test_scripts_are_executable_and_have_valid_syntax(script: Path) -> None:
     assert script.name == "lib.sh" or os.access(script, os.X_OK)
     subprocess.run(["sh", "-n", script], check=True)
 
@@ -176,7 +176,7 @@ def test_a_setting_that_cannot_work_is_refused_before_the_build(
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
-def test_compose_calls_verbs_that_there_are(name: str, znormseg: Callable[..., Any]) -> None:
+def test_compose_only_uses_existing_commands(name: str, znormseg: Callable[..., Any]) -> None:
     services = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))["services"]
     assert set(services) == {"train", "predict", "serve"}
     for service in services.values():

@@ -72,20 +72,20 @@ def names(found: list[Any]) -> list[Any]:
 # Without running them
 
 
-def test_every_block_that_looks_like_commands_is_one() -> None:
+def test_every_block_that_looks_like_commands_is_marked_as_one() -> None:
     others = [block for block in BLOCKS if block.language not in blocks.RUNNABLE]
     programs = tuple(f"{program} " for program in blocks.PROGRAMS)
     assert [b.place for b in others if any(line.startswith(programs) for line in b.code.splitlines())] == []
 
 
 @pytest.mark.parametrize("block", names([block for block in BLOCKS if block.no_run]))
-def test_a_block_that_is_not_run_says_why(block: Any) -> None:
+def test_a_block_that_is_not_run_states_why(block: Any) -> None:
     assert len(block.no_run.split()) >= 2, "say more than one word"
     assert not block.given, "a block that is not run needs nothing"
 
 
 @pytest.mark.parametrize("block", names(SHELL))
-def test_every_verb_and_option_that_a_block_shows_exists(block: Any) -> None:
+def test_every_command_and_option_in_a_block_exists(block: Any) -> None:
     from typer.main import get_command
 
     from app.cli.main import app
@@ -107,7 +107,7 @@ def test_every_verb_and_option_that_a_block_shows_exists(block: Any) -> None:
 
 
 @pytest.mark.parametrize("block", names([block for block in SHELL if "make " in block.code]))
-def test_every_target_of_make_that_a_block_shows_exists(block: Any) -> None:
+def test_every_make_target_in_a_block_exists(block: Any) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = {line.partition(":")[0] for line in makefile.splitlines() if line[:1].isalpha()}
     for words in blocks.commands(block.code):
@@ -127,13 +127,13 @@ def test_marks_above_a_block_are_read(tmp_path: Path) -> None:
     assert (second.language, second.code, second.no_run, second.runs) == ("bash", "make x\n", "why not", False)
 
 
-def test_a_mark_for_the_whole_page_holds_for_every_block_below(tmp_path: Path) -> None:
+def test_a_mark_for_the_whole_page_applies_to_every_block_below(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
     document.write_text("# A\n<!-- no-run, whole page: no GPU -->\n\n    make a\n\nb\n\n```bash\nmake b\n```\n")
     assert [block.no_run for block in blocks.blocks(document, tmp_path)] == ["no GPU", "no GPU"]
 
 
-def test_commands_of_a_block_are_told_apart() -> None:
+def test_the_commands_of_a_block_are_separated() -> None:
     code = "A=1 znormseg train X \\\n  Y  # why\ncd x && make -n 'a b'\npython -c 'one\ntwo'\n"
     found = list(blocks.commands(code))
     assert found == [["znormseg", "train", "X", "Y"], ["cd", "x"], ["make", "-n", "a b"], ["python", "-c", "one\ntwo"]]

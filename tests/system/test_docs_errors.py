@@ -57,28 +57,28 @@ def split_at_table(document: str, topic: str) -> tuple[str, list[str], str]:
 # The document
 
 
-def test_every_topic_has_a_table_and_there_are_no_others() -> None:
+def test_exactly_the_known_topics_have_a_table() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
     sections = re.split(r"^## ", document, flags=re.MULTILINE)[1:]
     assert [part.partition("\n")[0] for part in sections if HEAD in part] == list(errors.TABLES)
 
 
 @pytest.mark.parametrize("topic", errors.TABLES)
-def test_the_rows_of_a_topic_have_the_exit_codes_of_its_commands(topic: str) -> None:
+def test_each_row_has_an_exit_code_of_the_commands_of_its_topic(topic: str) -> None:
     _, rows, _ = split_at_table(DOCUMENT.read_text(encoding="utf-8"), topic)
     found = [ROW.match(row) for row in rows]
     assert [row for row, match in zip(rows, found, strict=True) if match is None] == []
     assert [int(match["code"]) for match in found if match] == [one.code for one in errors.TABLES[topic] if one.listed]
 
 
-def test_no_row_stands_twice_in_a_table() -> None:
+def test_no_table_has_a_duplicate_row() -> None:
     document = DOCUMENT.read_text(encoding="utf-8")
     for topic in errors.TABLES:
         _, rows, _ = split_at_table(document, topic)
         assert len(rows) == len(set(rows)), topic
 
 
-def test_every_bad_input_of_the_tests_is_shown() -> None:
+def test_every_bad_input_of_the_tests_is_documented() -> None:
     titles = {one.title for table in errors.TABLES.values() for one in table if isinstance(one, errors.Shown)}
     bad = errors.bad
     assert {*bad.BAD_IMAGES, *bad.BAD_SETTINGS, *bad.BAD_RUNS} <= titles
@@ -140,7 +140,7 @@ def in_text(text: str) -> str:
         (["no `x`|`y`. Name it <case>_t1, _t2"], "| `` no `x`\\|`y` `` | 3 | Name it &lt;case>\\_t1, \\_t2 |"),
     ],
 )
-def test_a_message_is_divided_into_what_is_wrong_and_what_to_do(lines: list[str], expected: str) -> None:
+def test_a_message_is_split_into_problem_and_remedy(lines: list[str], expected: str) -> None:
     assert row(lines, 3, "") == expected
     assert ROW.match(expected)
 

@@ -58,12 +58,12 @@ def test_every_public_name_option_and_config_key_is_documented(reference: Any, p
     assert reference.undocumented(pages.values()) == []
 
 
-def test_a_config_key_without_a_word_is_noticed(reference: Any, elsewhere: Path) -> None:
+def test_an_undocumented_config_key_is_noticed(reference: Any, elsewhere: Path) -> None:
     change(elsewhere / "app/config/training.py", '    """Momentum of ``sgd``."""\n', "")
     assert reference.config().undocumented == ["training.momentum (TrainingConfig): no docstring under the field"]
 
 
-def test_a_public_function_without_a_word_is_noticed(reference: Any, elsewhere: Path) -> None:
+def test_an_undocumented_public_function_is_noticed(reference: Any, elsewhere: Path) -> None:
     (elsewhere / "data" / "datasets" / "naming.py").write_text('"""Names."""\n\n\ndef public():\n    pass\n')
     assert reference.modules("data").undocumented == ["public (data/datasets/naming.py): no docstring"]
 
@@ -133,7 +133,7 @@ def test_the_citation_file_has_what_the_format_requires() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.md")))
-def test_what_a_document_of_the_root_links_to_exists(name: str) -> None:
+def test_links_of_the_top_level_documents_exist(name: str) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
     assert [link for link in links if not (ROOT / link).exists()] == []
 
@@ -153,7 +153,7 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_page_that_belongs_nowhere_ends_the_build(tmp_path: Path) -> None:
+def test_a_page_outside_the_navigation_fails_the_build(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="the extra docs is not installed")
     for name in ("docs", "app", "data", "models", "znorm"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

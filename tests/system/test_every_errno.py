@@ -305,7 +305,7 @@ def meet(scene: Scene, command: str, call: str, name: str, first: int) -> Any:
 
 @pytest.mark.parametrize("call", ERRORS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_call_that_fails_is_told_with_place_and_remedy_and_leaves_nothing_half_written(
+def test_a_failing_call_is_reported_with_path_and_remedy_and_leaves_no_partial_file(
     command: str, call: str, scene: Scene
 ) -> None:
     count = scene.calls(command, call)
@@ -317,7 +317,7 @@ def test_a_call_that_fails_is_told_with_place_and_remedy_and_leaves_nothing_half
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ERRORS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_documented_error_of_every_call_is_told_with_place_and_remedy(
+def test_every_documented_error_of_every_call_is_reported_with_path_and_remedy(
     command: str, call: str, scene: Scene
 ) -> None:
     count = scene.calls(command, call)

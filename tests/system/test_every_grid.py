@@ -258,14 +258,14 @@ def label_maps(stored: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_what_is_stored_reads_back_as_the_values_of_the_phantom(storage: str, stored: Path, phantoms: Path) -> None:
+def test_stored_files_read_back_as_the_values_of_the_phantom(storage: str, stored: Path, phantoms: Path) -> None:
     values = voxels(phantoms / CASE / f"{CASE}_t1ce.nii.gz")
     read = load(t1c_of(stored / file_name(storage))).get_fdata()
     np.testing.assert_array_equal(read, STORAGES[storage].gain * values)
 
 
 @pytest.mark.parametrize("name", STORAGES)
-def test_the_bytes_on_disk_are_what_the_name_says(name: str, stored: Path) -> None:
+def test_the_bytes_on_disk_match_the_file_name(name: str, stored: Path) -> None:
     storage = STORAGES[name]
     path = t1c_of(stored / file_name(name))
     with ImageOpener(str(path)) as stream:
@@ -277,45 +277,43 @@ def test_the_bytes_on_disk_are_what_the_name_says(name: str, stored: Path) -> No
     assert path.name.endswith(storage.ending)
 
 
-def test_the_forms_that_differ_do_differ_and_the_sform_counts(stored: Path) -> None:
+def test_where_sform_and_qform_differ_the_sform_is_used(stored: Path) -> None:
     image = load(t1c_of(stored / file_name("two forms that differ")))
     assert np.array_equal(image.affine, image.get_sform())
     assert np.abs(image.get_qform()[:3, :3] - image.get_sform()[:3, :3]).max() > 1
 
 
-def test_the_orders_are_all_there_are(stored: Path) -> None:
+def test_the_list_of_voxel_orders_is_complete(stored: Path) -> None:
     codes = {nib.aff2axcodes(load(t1c_of(stored / name)).affine) for name in ORDER_NAMES}
     assert len(codes) == len(ORDERS) == 48
 
 
 @pytest.mark.parametrize("storage", [*STORAGES, *ORDER_NAMES])
-def test_the_label_map_lies_on_the_grid_of_its_case_however_it_is_stored(
-    storage: str, stored: Path, label_maps: Path
-) -> None:
+def test_the_label_map_is_on_the_grid_of_its_case_in_any_storage(storage: str, stored: Path, label_maps: Path) -> None:
     case = file_name(storage)
     assert_same_grid(label_maps / f"{case}.nii.gz", t1c_of(stored / case))
 
 
 @pytest.mark.parametrize("storage", PLACED)
-def test_the_tissue_is_the_same_however_the_case_is_stored(storage: str, label_maps: Path) -> None:
+def test_the_segmentation_is_the_same_in_any_storage(storage: str, label_maps: Path) -> None:
     codes = voxels(label_maps / f"{file_name(storage)}.nii.gz")
     np.testing.assert_array_equal(codes, voxels(label_maps / "plain.nii.gz"))
 
 
 @pytest.mark.parametrize("name", ORDER_NAMES)
-def test_the_tissue_is_the_same_in_every_order(name: str, label_maps: Path) -> None:
+def test_the_segmentation_is_the_same_in_every_voxel_order(name: str, label_maps: Path) -> None:
     order = ORDERS[int(name.removeprefix("order").removeprefix("turned"))]
     codes = in_order(voxels(label_maps / f"{name}.nii.gz"), order)
     np.testing.assert_array_equal(codes, voxels(label_maps / "plain.nii.gz"))
 
 
-def test_the_tissue_that_others_are_compared_with_has_no_symmetry(label_maps: Path) -> None:
+def test_the_reference_segmentation_has_no_symmetry(label_maps: Path) -> None:
     codes = voxels(label_maps / "plain.nii.gz")
     assert_no_symmetry(np.where(codes == 4, 3, codes).astype(np.uint8))
 
 
 @pytest.mark.parametrize("storage", ["an extension", "a long extension"])
-def test_what_an_extension_holds_is_not_copied(storage: str, stored: Path, label_maps: Path) -> None:
+def test_header_extensions_are_not_copied(storage: str, stored: Path, label_maps: Path) -> None:
     case = file_name(storage)
     assert b"patient" in bytes(load(t1c_of(stored / case)).header.extensions[0].get_content())
     assert not load(label_maps / f"{case}.nii.gz").header.extensions
@@ -340,7 +338,9 @@ def test_another_library_sees_every_label_map_where_its_case_is(storage: str, st
 
 
 @pytest.mark.slow
-def test_a_real_case_gives_the_same_tissue_in_every_order(tiny_run: Path, real_cases: Path, tmp_path: Path) -> None:
+def test_a_real_case_gives_the_same_segmentation_in_every_voxel_order(
+    tiny_run: Path, real_cases: Path, tmp_path: Path
+) -> None:
     from app.inference.batch.predict import predict
     from app.inference.model import load_model
     from app.system.device import RuntimeConfig, choose_runtime
@@ -464,7 +464,7 @@ def resampled_slowly(codes: Codes, affine: Affine, shape: tuple[int, int, int], 
 
 @properties
 @given(some_codes(), affines(SHAPE), affines(OTHER_SHAPE))
-def test_codes_on_another_grid_are_those_of_the_slow_way(codes: Codes, own: Affine, target: Affine) -> None:
+def test_codes_on_another_grid_equal_the_slow_reference(codes: Codes, own: Affine, target: Affine) -> None:
     fast = resample_codes_onto(codes, own, OTHER_SHAPE, target)
     np.testing.assert_array_equal(fast, resampled_slowly(codes, own, OTHER_SHAPE, target))
 
@@ -478,7 +478,7 @@ def test_codes_on_their_own_grid_are_the_same(codes: Codes, affine: Affine) -> N
 
 @properties
 @given(some_codes(), affines(SHAPE), st.sampled_from(ORDERS))
-def test_codes_on_their_own_grid_in_another_order_are_stored_anew(codes: Codes, affine: Affine, order: Any) -> None:
+def test_codes_on_their_own_grid_in_another_order_are_only_reordered(codes: Codes, affine: Affine, order: Any) -> None:
     expected, target = reordered(codes, affine, order)
     x, y, z = expected.shape
     np.testing.assert_array_equal(resample_codes_onto(codes, affine, (x, y, z), target), expected)
@@ -495,7 +495,7 @@ def test_codes_whole_voxels_away_are_moved(codes: Codes, affine: Affine, step: t
 
 @properties
 @given(some_codes(), affines(SHAPE), affines(OTHER_SHAPE))
-def test_nesting_takes_nothing_from_any_region(codes: Codes, own: Affine, target: Affine) -> None:
+def test_nesting_removes_nothing_from_any_region(codes: Codes, own: Affine, target: Affine) -> None:
     """Each region comes out as it does alone, and so they are nested."""
     together = to_regions(resample_codes_onto(codes, own, OTHER_SHAPE, target))
     for region, mask in zip(together, to_regions(codes), strict=True):
@@ -504,7 +504,7 @@ def test_nesting_takes_nothing_from_any_region(codes: Codes, own: Affine, target
 
 
 @pytest.mark.parametrize("shape", [(20, 18, 13), (14, 30, 11), (60, 50, 40)], ids=str)
-def test_where_the_spacing_alone_differs_codes_are_those_of_resample_codes(shape: tuple[int, int, int]) -> None:
+def test_if_only_the_spacing_differs_codes_equal_those_of_resample_codes(shape: tuple[int, int, int]) -> None:
     """Of a tumour full of holes, so that the smoothing shows; but for ties."""
     codes = np.pad(np.random.default_rng(0).choice([0, 1, 2, 3], (22, 20, 18), p=[0.4, 0.2, 0.2, 0.2]), 10)
     codes = codes.astype(np.uint8)
@@ -514,7 +514,7 @@ def test_where_the_spacing_alone_differs_codes_are_those_of_resample_codes(shape
     assert np.mean(onto != resample_codes(codes, shape)) < 0.001
 
 
-def test_a_voxel_reaches_half_its_side_and_beyond_is_background() -> None:
+def test_a_voxel_extends_half_its_size_and_everything_beyond_is_background() -> None:
     codes = np.full((4, 4, 4), 3, dtype=np.uint8)
     finer = placed(ORDERS[0], (0.5, 1, 1), (1.5, 1.5, 1.5), (12, 6, 6))
     onto = resample_codes_onto(codes, np.eye(4), (12, 6, 6), finer)
@@ -523,7 +523,7 @@ def test_a_voxel_reaches_half_its_side_and_beyond_is_background() -> None:
 
 @pytest.mark.parametrize("degrees", [0, 15, 45])
 @pytest.mark.parametrize("spacing_mm", [(1, 1, 1), (0.5, 0.5, 0.5), (1, 1, 3)], ids=str)
-def test_a_ball_stays_the_ball_it_is(spacing_mm: Sequence[float], degrees: float) -> None:
+def test_a_resampled_ball_stays_a_ball(spacing_mm: Sequence[float], degrees: float) -> None:
     own, shape = placed(ORDERS[0], (1, 1, 1), (0, 0, 0), (50, 50, 50)), (64, 64, 64)
     target = rotation(degrees, 2) @ placed(ORDERS[7], spacing_mm, (3, -2, 1), shape)
     onto = resample_codes_onto(ball(own, (50, 50, 50)), own, shape, target)
@@ -555,11 +555,11 @@ def test_a_tumour_outside_the_other_grid_leaves_background() -> None:
     assert not resample_codes_onto(codes, placed(ORDERS[0], (1, 1, 1), (0, 0, 0)), SHAPE, away).any()
 
 
-def test_no_tumour_on_any_grid_is_no_tumour() -> None:
+def test_an_empty_label_map_stays_empty_on_any_grid() -> None:
     assert not resample_codes_onto(np.zeros(SHAPE, dtype=np.uint8), np.eye(4), OTHER_SHAPE, np.eye(4)).any()
 
 
-def test_contrasts_of_one_grid_may_be_stored_in_different_orders(
+def test_contrasts_on_one_grid_may_be_stored_in_different_orders(
     phantoms: Path, tiny_run: Path, label_maps: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     (tmp_path / "mixed").mkdir()
@@ -573,7 +573,7 @@ def test_contrasts_of_one_grid_may_be_stored_in_different_orders(
 
 
 @pytest.mark.parametrize("axis", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
-def test_at_45_degrees_rounding_does_not_part_the_contrasts(
+def test_rounding_at_45_degrees_does_not_separate_the_contrasts(
     *, axis: int, phantoms: Path, tiny_run: Path, label_maps: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     """A quaternion and a matrix round differently, and so may the choice of the nearest axis."""

@@ -30,7 +30,7 @@ def predicted(folder: Path, case: str) -> Any:
     return decode(np.asarray(nib.Nifti1Image.from_filename(folder / f"{case}.nii.gz").dataobj), convention)
 
 
-def test_a_prediction_from_a_4d_file_is_that_from_single_files_and_3d(
+def test_a_prediction_from_a_4d_file_equals_that_from_single_files_and_is_3d(
     phantoms: Path, decathlon: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     for name, source in (("one", phantoms), ("other", decathlon)):
@@ -49,7 +49,7 @@ def test_a_prediction_from_a_4d_file_is_that_from_single_files_and_3d(
     assert {values["dice"] for values in json.loads(ended.out)["regions"].values()} == {1.0}
 
 
-def test_a_run_on_4d_files_knows_their_label_numbers(
+def test_a_run_on_4d_files_records_their_label_numbers(
     decathlon: Path, tmp_path: Path, tiny_settings: list[str], znormseg: Call
 ) -> None:
     options = [word for setting in tiny_settings for word in ("--set", setting)]
@@ -59,7 +59,7 @@ def test_a_run_on_4d_files_knows_their_label_numbers(
 
 
 @pytest.mark.parametrize("verb", ["train", "compare", "data check", "data export"])
-def test_label_numbers_that_nothing_tells_are_settled_by_the_flag(
+def test_ambiguous_label_numbers_are_resolved_by_the_flag(
     verb: str, render: Call, tmp_path: Path, tiny_settings: list[str], znormseg: Call
 ) -> None:
     root = render(tmp_path / "in", "flat").root
@@ -78,7 +78,7 @@ def test_label_numbers_that_nothing_tells_are_settled_by_the_flag(
     assert znormseg(*verb.split(), root, *options[verb], "--labels", "nonsense").code == 3
 
 
-def test_with_the_flag_a_flat_data_set_is_checked_and_trained_on(
+def test_with_the_flag_a_flat_data_set_can_be_checked_and_trained_on(
     render: Call, tmp_path: Path, tiny_settings: list[str], znormseg: Call
 ) -> None:
     root = render(tmp_path / "in", "flat").root

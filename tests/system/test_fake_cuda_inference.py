@@ -81,23 +81,23 @@ def check(found: dict[str, Any], networks: int = 1, flips: int = 1, fewest_passe
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_the_host_waits_once_for_a_volume_and_uploads_it_once(name: str, fast: dict[str, dict[str, Any]]) -> None:
+def test_a_volume_is_uploaded_once_and_waited_for_once(name: str, fast: dict[str, dict[str, Any]]) -> None:
     check(fast[name], flips=8 if "mirrored" in name else 1, fewest_passes=1 if name in WHOLE_BRAIN else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_so_it_is_at_full_size_and_for_every_network(name: str, slow: dict[str, dict[str, Any]]) -> None:
+def test_this_also_holds_at_full_size_and_for_every_network(name: str, slow: dict[str, dict[str, Any]]) -> None:
     check(slow[name], networks=2, flips=8, fewest_passes=1 if name in WHOLE_BRAIN else 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["predict, size of a brain", "predict, unet"])
-def test_prediction_copies_next_to_nothing_into_another_layout(name: str, slow: dict[str, dict[str, Any]]) -> None:
+def test_prediction_copies_almost_nothing_into_another_layout(name: str, slow: dict[str, dict[str, Any]]) -> None:
     assert slow[name]["layout_bytes"] < 0.02 * slow[name]["moved_bytes"]
 
 
 @pytest.mark.slow
-def test_a_fallback_to_blending_on_the_cpu_has_no_clash_of_devices() -> None:
+def test_falling_back_to_blending_on_the_cpu_mixes_no_devices() -> None:
     (found,) = run(("predict, blended on the CPU",)).values()
     assert found["devices"] == ["cuda:0"]

@@ -64,26 +64,26 @@ def check(found: Found) -> None:
             assert counts["uploaded_bytes"] < MOST_BYTES, (name, counts["uploads"])
 
 
-def test_no_step_waits_for_the_gpu_or_uploads_what_is_there(fast: Found) -> None:
+def test_no_step_synchronises_with_the_gpu_or_repeats_an_upload(fast: Found) -> None:
     check({name: counts for name, counts in fast.items() if name != "a read in the step"})
 
 
-def test_a_read_in_the_step_is_found(fast: Found) -> None:
+def test_a_read_back_within_a_step_is_detected(fast: Found) -> None:
     counts = fast["a read in the step"]
     assert counts["waits_while_queued"] > 0
     assert any(place.startswith("download at ") for place in counts["waits_at"])
 
 
-def test_layouts_change_no_more_than_the_norms_need(fast: Found) -> None:
+def test_layouts_change_only_as_often_as_the_norms_require(fast: Found) -> None:
     counts = fast["resunet-znorm"]
     assert counts["layout_bytes"] <= MOST_LAYOUT_SHARE * counts["moved_bytes"]
 
 
 @pytest.mark.slow
-def test_every_config_rule_architecture_and_option_keeps_the_limits(slow: Found) -> None:
+def test_every_config_rule_architecture_and_option_stays_within_the_limits(slow: Found) -> None:
     check(slow)
 
 
 @pytest.mark.slow
-def test_patches_of_cases_that_do_not_stay_are_uploaded_once_and_small(slow: Found) -> None:
+def test_patches_of_non_resident_cases_are_uploaded_once_and_compactly(slow: Found) -> None:
     assert slow["patches uploaded"]["uploaded_bytes"] < BYTES_OF_TWO_PATCHES + MOST_BYTES

@@ -70,7 +70,7 @@ def prepared(phantoms: Path, on_cpu: Model) -> Prepared:
 
 @pytest.mark.parametrize("options", [PredictOptions(), PredictOptions(tta=True, uncertainty=True)], ids=["one", "tta"])
 @pytest.mark.parametrize("crop", [True, False])
-def test_a_gpu_predicts_what_a_cpu_does(
+def test_a_gpu_predicts_the_same_as_a_cpu(
     options: PredictOptions, crop: bool, on_cpu: Model, on_gpu: Model, prepared: Prepared
 ) -> None:
     models = [(replace(on_cpu, crop=crop), runtime_of("cpu")), (replace(on_gpu, crop=crop), runtime_of(DEVICE))]
@@ -94,9 +94,7 @@ def test_lower_precision_changes_few_voxels(precision: str, tiny_run: Path, on_c
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("affine", [True, False])
-def test_the_norm_that_keeps_channels_innermost_is_the_instance_norm(
-    samples: int, dtype: torch.dtype, affine: bool
-) -> None:
+def test_the_channels_last_norm_equals_the_instance_norm(samples: int, dtype: torch.dtype, affine: bool) -> None:
     x = torch.randn(samples, 8, 6, 10, 12, device=DEVICE).mul_(3).add_(2)
     x = x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
     weight, bias = (torch.randn(8, device=DEVICE) if affine else None for _ in range(2))
@@ -107,7 +105,7 @@ def test_the_norm_that_keeps_channels_innermost_is_the_instance_norm(
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=1e-5 if dtype is torch.float32 else 3e-2)
 
 
-def test_a_gpu_scores_a_validation_as_numpy_does() -> None:
+def test_validation_scores_on_a_gpu_equal_those_of_numpy() -> None:
     logits = torch.randn(3, 40, 50, 30, device=DEVICE)
     expected = np.random.default_rng(0).integers(0, 4, (40, 50, 30)).astype(np.uint8)
     (codes, scores), (codes_of_gpu, scores_of_gpu) = (
@@ -120,7 +118,7 @@ def test_a_gpu_scores_a_validation_as_numpy_does() -> None:
 
 @real
 @pytest.mark.parametrize("megabytes", [0, 64, 512])
-def test_a_gpu_whose_memory_is_taken_falls_back_to_a_plan_that_fits(
+def test_a_gpu_without_free_memory_falls_back_to_a_plan_that_fits(
     megabytes: int, on_cpu: Model, on_gpu: Model, prepared: Prepared
 ) -> None:
     """All but so much of the memory is taken, with torch's own allocations."""
@@ -140,7 +138,7 @@ def test_a_gpu_whose_memory_is_taken_falls_back_to_a_plan_that_fits(
 
 
 @pytest.mark.parametrize("mode", ["default", "cuda graph"])
-def test_a_compiled_network_computes_what_an_eager_one_does(mode: str, on_gpu: Model) -> None:
+def test_a_compiled_network_equals_an_eager_one(mode: str, on_gpu: Model) -> None:
     assert isinstance(on_gpu.engine, TorchEngine)
     network, image = on_gpu.network, torch.randn(1, 4, 16, 16, 16, device=DEVICE)
     with torch.inference_mode():
@@ -199,7 +197,7 @@ def trained(phantoms: Path, run: Path, *more: str, device: str = DEVICE) -> Path
 
 
 @pytest.mark.parametrize("rule", ["none", "clip", "znorm"])
-def test_a_gpu_makes_the_steps_of_a_cpu(rule: str, phantoms: Path, tmp_path: Path) -> None:
+def test_a_gpu_takes_the_same_steps_as_a_cpu(rule: str, phantoms: Path, tmp_path: Path) -> None:
     """With the same patches; augmentation draws on the device, so it is off."""
     more = [f"gradient.transform={rule}", "runtime.precision=float32", *WITHOUT_AUGMENTATION]
     one, other = (trained(phantoms, tmp_path / device, *more, device=device) for device in ("cpu", DEVICE))
@@ -218,7 +216,7 @@ def test_two_deterministic_runs_are_equal(precision: str, phantoms: Path, tmp_pa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_resumed_run_makes_the_steps_of_one_that_was_not_stopped(phantoms: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(phantoms: Path, tmp_path: Path) -> None:
     more = ["runtime.deterministic=true", "training.schedule=constant", "training.warmup=0"]
     try:
         whole = trained(phantoms, tmp_path / "whole", *more)
@@ -234,7 +232,7 @@ def test_a_resumed_run_makes_the_steps_of_one_that_was_not_stopped(phantoms: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernels_of_the_z_score_agree_with_the_reference(dtype: torch.dtype) -> None:
+def test_the_zscore_kernels_agree_with_the_reference(dtype: torch.dtype) -> None:
     config = load_config("resunet-znorm")
     network = build_network(config.network, in_channels=4, out_channels=3)
     gradients = [torch.randn_like(one).mul_(1e-4).to(DEVICE, dtype) for one in network.parameters() if one.dim() > 1]

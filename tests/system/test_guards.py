@@ -31,8 +31,8 @@ class Guard(NamedTuple):
 PREDICT = "system/test_bad_input.py::test_predict_refuses_a_bad_image_and_writes_nothing"
 TRAIN = "system/test_bad_input.py::test_train_refuses_a_bad_image_and_leaves_no_run"
 LABEL = "system/test_bad_input.py::test_train_refuses_a_bad_label_map_and_leaves_no_run"
-SETTING = "system/test_bad_input.py::test_train_refuses_a_bad_setting_before_it_looks_at_the_data"
-RUN = "system/test_bad_input.py::test_predict_refuses_a_run_it_cannot_use_and_writes_nothing"
+SETTING = "system/test_bad_input.py::test_train_refuses_a_bad_setting_before_reading_the_data"
+RUN = "system/test_bad_input.py::test_predict_refuses_an_unusable_run_and_writes_nothing"
 FILES = "data/files.py"
 NIFTI, LAYOUTS, PREPARE = "data/nifti.py", "data/datasets/layouts.py", "data/preprocess.py"
 
@@ -48,13 +48,13 @@ GUARDS: dict[str, Guard] = {
         "app/inference/batch/predict.py",
         "        require_contrasts(case, self.model)\n",
         "",
-        "system/test_missing_contrasts.py::test_a_run_that_needs_all_contrasts_says_which_kind_does_not",
+        "system/test_missing_contrasts.py::test_a_run_that_needs_all_contrasts_points_to_contrast_dropout",
     ),
     "subsets of contrasts where the run needs all": Guard(
         "app/inference/subsets.py",
         "    if not model.takes_missing_contrasts:",
         "    if False:",
-        "system/test_missing_contrasts.py::test_a_run_that_needs_all_contrasts_has_no_subsets",
+        "system/test_missing_contrasts.py::test_a_run_that_needs_all_contrasts_has_no_table_of_subsets",
     ),
     "an ensemble with weights of another run": Guard(
         "app/inference/ensemble.py",
@@ -114,7 +114,7 @@ GUARDS: dict[str, Guard] = {
         "app/inference/subsets.py",
         "else case.id not in trained",
         "else True",
-        "system/test_missing_contrasts.py::test_cases_of_the_training_are_left_out_unless_asked_for",
+        "system/test_missing_contrasts.py::test_training_cases_are_left_out_unless_requested",
     ),
     "two files for one contrast": Guard(LAYOUTS, "if len(paths) > 1:", "if False:", f"{TRAIN}[two files]"),
     "contrasts on other grids": Guard(
@@ -153,7 +153,7 @@ GUARDS: dict[str, Guard] = {
         NIFTI,
         "np.where(bad, np.float32(0), voxels)",
         "voxels",
-        "system/test_bad_input.py::test_nan_in_the_background_taken_as_0_changes_no_voxel_of_the_answer",
+        "system/test_bad_input.py::test_replacing_nan_in_the_background_changes_no_voxel_of_the_prediction",
     ),
     "all zero": Guard(PREPARE, "    if not values.size:", "    if False:", f"{TRAIN}[all zero]"),
     "a mask": Guard(PREPARE, "    if np.ptp(values) == 0:", "    if False:", f"{TRAIN}[a mask]"),
@@ -172,7 +172,7 @@ GUARDS: dict[str, Guard] = {
         LAYOUTS,
         "problems += links.problems(folder) or [problem for path in paths for problem in links.problems(path)]",
         "problems += []",
-        "system/test_bad_input.py::test_a_link_to_a_folder_elsewhere_is_refused_by_name",
+        "system/test_bad_input.py::test_a_symlink_to_an_outside_folder_is_refused_and_named",
     ),
     "a dangling link": Guard(
         LAYOUTS, "if path.is_symlink() and not path.exists():", "if False:", f"{TRAIN}[dangling link]"
@@ -181,7 +181,7 @@ GUARDS: dict[str, Guard] = {
         "data/datasets/case.py",
         "problems = problems or tuple(id_problems(self.id))",
         "problems = problems",
-        "system/test_bad_input.py::test_a_case_made_in_code_with_an_id_that_leads_elsewhere_is_refused",
+        "system/test_bad_input.py::test_a_case_object_with_a_path_traversal_id_is_refused",
     ),
     "a case id with dots": Guard(
         LAYOUTS,
@@ -193,7 +193,7 @@ GUARDS: dict[str, Guard] = {
         "data/datasets/splits.py",
         "    if unknown:",
         "    if False:",
-        "system/test_bad_input.py::test_a_split_with_an_id_that_is_no_case_is_refused",
+        "system/test_bad_input.py::test_a_split_with_an_unknown_case_id_is_refused",
     ),
     # Fine-tuning
     "weights of another network": Guard(
@@ -285,7 +285,7 @@ GUARDS: dict[str, Guard] = {
         "app/config/load.py",
         "(yaml.YAMLError, ValueError, RecursionError)",
         "(yaml.YAMLError, ValueError)",
-        "system/test_bad_input.py::test_a_config_nested_without_end_is_refused",
+        "system/test_bad_input.py::test_an_excessively_nested_config_is_refused",
     ),
     # Runs
     "a run that is not there": Guard(
@@ -319,43 +319,43 @@ GUARDS: dict[str, Guard] = {
         "app/training/trainer.py",
         "            if not math.isfinite(result.loss):",
         "            if False:",
-        "system/test_never_lost.py::test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches",
+        "system/test_never_lost.py::test_a_non_finite_loss_rolls_the_run_back_and_continues_with_other_patches",
     ),
     "weights that are not finite": Guard(
         "app/training/trainer.py",
         "        if not rollback.weights_are_finite(self.state.network):",
         "        if False:",
-        "system/test_never_lost.py::test_weights_that_are_not_finite_are_never_saved",
+        "system/test_never_lost.py::test_non_finite_weights_are_never_saved",
     ),
     "other patches after a return": Guard(
         "app/training/trainer.py",
         "        state.patches = next_patch\n",
         "",
-        "system/test_never_lost.py::test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches",
+        "system/test_never_lost.py::test_a_non_finite_loss_rolls_the_run_back_and_continues_with_other_patches",
     ),
     "a disk that is full for a while": Guard(
         "app/system/disk_full.py",
         "if error.errno not in _FULL or self.stopped():",
         "if True:",
-        "system/test_never_lost.py::test_a_checkpoint_that_meets_a_full_disk_is_saved_when_there_is_room",
+        "system/test_never_lost.py::test_a_checkpoint_on_a_full_disk_is_saved_once_space_is_available",
     ),
     "SIGUSR1 before training": Guard(
         "app/training/run.py",
         "@not_ended_by_sigusr1()\ndef start(",
         "def start(",
-        "system/test_never_lost.py::test_sigusr1_while_cases_are_prepared_ends_nothing",
+        "system/test_never_lost.py::test_sigusr1_during_preparation_does_not_end_the_run",
     ),
     "a changed config of a resumed run": Guard(
         "app/training/config_changes.py",
         "    if not fixed and not lacking:",
         "    if not fixed:",
-        "system/test_never_lost.py::test_a_change_of_what_is_learned_is_shown_and_refused_unless_it_is_allowed",
+        "system/test_never_lost.py::test_a_change_of_the_learning_task_is_shown_and_refused_unless_allowed",
     ),
     "a change that does not fit the weights": Guard(
         "app/training/config_changes.py",
         "    if not fixed and not lacking:",
         "    if not lacking:",
-        "system/test_never_lost.py::test_what_cannot_change_is_refused_with_the_reason_also_where_it_is_allowed",
+        "system/test_never_lost.py::test_fixed_settings_are_refused_with_the_reason_even_if_allowed",
     ),
     "pickled weights": Guard(
         "app/runs/checkpoints.py",
@@ -380,37 +380,37 @@ GUARDS: dict[str, Guard] = {
         FILES,
         "        raise OSError(error.errno, what, error.filename if named else str(path)) from error",
         "        raise",
-        "system/test_hostile_machine.py::test_phantoms_on_a_full_disk_are_refused_by_place",
+        "system/test_hostile_machine.py::test_phantoms_on_a_full_disk_are_refused_naming_the_path",
     ),
     "a half-written file goes": Guard(
         FILES,
         "        partial.unlink(missing_ok=True)",
         "        pass",
-        "system/test_hostile_machine.py::test_predict_on_a_full_disk_leaves_no_half_label_map",
+        "system/test_hostile_machine.py::test_predict_on_a_full_disk_leaves_no_partial_label_map",
     ),
     "no permission to read": Guard(
         NIFTI,
         "    if not os.access(path, os.R_OK):",
         "    if False:",
-        "system/test_hostile_machine.py::test_an_image_nobody_may_read_is_bad_data",
+        "system/test_hostile_machine.py::test_an_image_without_read_permission_is_bad_data",
     ),
     "no permission to write": Guard(
         "data/filesystem.py",
         '**dict.fromkeys(("EACCES", "EPERM"), _NO_PERMISSION),',
         '"EACCES": _OTHER,',
-        "system/test_hostile_machine.py::test_predict_into_a_folder_it_may_not_write_to",
+        "system/test_hostile_machine.py::test_predict_into_a_read_only_folder_is_refused",
     ),
     "SIGTERM while predicting": Guard(
         "app/cli/main.py",
         "with outlasting_streams(), terminal.signals_unwind():",
         "if True:",
-        "system/test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",
+        "system/test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_only_complete_files",
     ),
     "Ctrl-C while predicting": Guard(
         "app/inference/batch/cohort.py",
         "    except KeyboardInterrupt as error:",
         "    except ZeroDivisionError as error:",
-        "system/test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",
+        "system/test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_only_complete_files",
     ),
     "Ctrl-C and SIGTERM while training": Guard(
         "app/training/signals.py",
@@ -422,7 +422,7 @@ GUARDS: dict[str, Guard] = {
         "app/training/run.py",
         "                (run / LOCK).unlink()\n                run.rmdir()\n",
         "                pass\n",
-        "system/test_hostile_machine.py::test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_again",
+        "system/test_hostile_machine.py::test_sigterm_before_the_first_step_does_not_prevent_a_new_start",
     ),
     "threads instead of worker processes": Guard(
         "data/patches/sampler.py",
@@ -434,7 +434,7 @@ GUARDS: dict[str, Guard] = {
         "app/cli/terminal.py",
         "    if settings.debug:",
         "    if True:",
-        "system/test_bad_input.py::test_a_traceback_is_shown_with_debug_alone",
+        "system/test_bad_input.py::test_a_traceback_is_shown_only_with_debug",
     ),
 }
 
@@ -609,7 +609,7 @@ def pytest_in(place: Path, tests: list[str]) -> int:
 
 
 @pytest.mark.slow
-def test_the_program_with_all_its_guards_passes(tmp_path: Path) -> None:
+def test_with_all_guards_every_test_passes(tmp_path: Path) -> None:
     place = copy_of_the_program(tmp_path / "program")
     assert pytest_in(place, sorted({guard.test for guard in GUARDS.values()})) == 0
 
@@ -624,5 +624,5 @@ def test_without_a_guard_its_test_fails(guard: Guard, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("guard", list(GUARDS.values()), ids=list(GUARDS))
-def test_the_guard_to_be_taken_away_is_there(guard: Guard) -> None:
+def test_the_guard_to_be_removed_exists(guard: Guard) -> None:
     assert (ROOT / guard.file).read_text(encoding="utf-8").count(guard.code) >= 1

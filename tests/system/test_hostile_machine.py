@@ -93,7 +93,7 @@ def left_behind(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kilobytes", [4, 8, 12])
-def test_predict_on_a_full_disk_leaves_no_half_label_map(
+def test_predict_on_a_full_disk_leaves_no_partial_label_map(
     *, kilobytes: int, tiny_run: Path, phantoms: Path, tmp_path: Path, small_disk: Call, shell: Call
 ) -> None:
     place = tmp_path / "disk"
@@ -105,7 +105,7 @@ def test_predict_on_a_full_disk_leaves_no_half_label_map(
 
 
 @pytest.mark.parametrize("kilobytes", [pytest.param(16, marks=pytest.mark.slow), 300])
-def test_train_that_cannot_begin_on_a_full_disk_says_so_and_leaves_no_half_file(
+def test_train_that_cannot_start_on_a_full_disk_reports_it_and_leaves_no_partial_file(
     *, kilobytes: int, phantoms: Path, tmp_path: Path, options: list[str], small_disk: Call, shell: Call
 ) -> None:
     place = tmp_path / "disk"
@@ -148,7 +148,7 @@ def filled_meanwhile(
 
 
 @pytest.mark.slow
-def test_training_waits_while_a_disk_is_full_and_ends_well_when_there_is_room(
+def test_training_waits_while_a_disk_is_full_and_finishes_once_space_is_available(
     filled_meanwhile: Call, tmp_path: Path
 ) -> None:
     ended = filled_meanwhile('rm "$place/big"')
@@ -169,7 +169,7 @@ def test_training_stopped_while_a_disk_is_full_ends_with_the_error_and_an_old_ch
     assert resumed.code == 0, resumed.err
 
 
-def test_evaluate_on_a_full_disk_leaves_no_half_table(
+def test_evaluate_on_a_full_disk_leaves_no_partial_table(
     phantoms: Path, tmp_path: Path, small_disk: Call, shell: Call
 ) -> None:
     place = tmp_path / "disk"
@@ -183,7 +183,7 @@ def test_evaluate_on_a_full_disk_leaves_no_half_table(
     assert "left:.partial" not in ended.err
 
 
-def test_phantoms_on_a_full_disk_are_refused_by_place(tmp_path: Path, small_disk: Call, shell: Call) -> None:
+def test_phantoms_on_a_full_disk_are_refused_naming_the_path(tmp_path: Path, small_disk: Call, shell: Call) -> None:
     place = tmp_path / "disk"
     ended = shell([*small_disk(place, 64), "znormseg", "data", "phantom", place / "p", "-n", "1", "--spacing-mm", "4"])
     assert_the_machine_is_blamed(ended, place, "No space left on device")
@@ -194,7 +194,7 @@ def test_phantoms_on_a_full_disk_are_refused_by_place(tmp_path: Path, small_disk
 
 @needs_setpriv
 @pytest.mark.parametrize("below", ["", "new"])
-def test_predict_into_a_folder_it_may_not_write_to(
+def test_predict_into_a_read_only_folder_is_refused(
     *, below: str, tiny_run: Path, phantoms: Path, read_only: Path, shell: Call
 ) -> None:
     ended = shell([*UNPRIVILEGED, "znormseg", "predict", tiny_run, phantoms / CASE, read_only / below])
@@ -203,7 +203,7 @@ def test_predict_into_a_folder_it_may_not_write_to(
 
 @needs_setpriv
 @pytest.mark.parametrize("below", ["", pytest.param("new", marks=pytest.mark.slow)])
-def test_train_into_a_folder_it_may_not_write_to(
+def test_train_into_a_read_only_folder_is_refused(
     *, below: str, phantoms: Path, read_only: Path, options: list[str], shell: Call
 ) -> None:
     ended = shell([*UNPRIVILEGED, "znormseg", "train", phantoms, read_only / below, *options])
@@ -211,13 +211,15 @@ def test_train_into_a_folder_it_may_not_write_to(
 
 
 @needs_setpriv
-def test_evaluate_into_a_folder_it_may_not_write_to(phantoms: Path, read_only: Path, shell: Call) -> None:
+def test_evaluate_into_a_read_only_folder_is_refused(phantoms: Path, read_only: Path, shell: Call) -> None:
     ended = shell([*UNPRIVILEGED, "znormseg", "evaluate", phantoms, phantoms, "--out", read_only / "scores.csv"])
     assert_the_machine_is_blamed(ended, read_only / "scores.csv", "Permission denied")
 
 
 @needs_setpriv
-def test_an_image_nobody_may_read_is_bad_data(tiny_run: Path, phantoms: Path, tmp_path: Path, shell: Call) -> None:
+def test_an_image_without_read_permission_is_bad_data(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, shell: Call
+) -> None:
     case = Path(shutil.copytree(phantoms / CASE, tmp_path / CASE))
     (case / f"{CASE}_t2.nii.gz").chmod(0)
     ended = shell([*UNPRIVILEGED, "znormseg", "predict", tiny_run, case, tmp_path / "out"])
@@ -226,7 +228,7 @@ def test_an_image_nobody_may_read_is_bad_data(tiny_run: Path, phantoms: Path, tm
 
 
 @needs_setpriv
-def test_a_data_folder_nobody_may_look_into_is_named(
+def test_a_data_folder_without_read_permission_is_named(
     tiny_run: Path, phantoms: Path, tmp_path: Path, shell: Call
 ) -> None:
     case = Path(shutil.copytree(phantoms / CASE, tmp_path / "data" / CASE))
@@ -255,7 +257,7 @@ def large_case(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["while the first is read", "once one is written"])
-def test_predict_stopped_by_a_signal_leaves_whole_files_alone(
+def test_predict_stopped_by_a_signal_leaves_only_complete_files(
     *, moment: str, number: signal.Signals, tiny_run: Path, large_case: Path, tmp_path: Path, znormseg_process: Call
 ) -> None:
     out = tmp_path / "out"
@@ -299,7 +301,7 @@ def test_a_signal_that_arrives_in_a_finalizer_is_not_lost(number: signal.Signals
 
 
 @pytest.mark.slow
-def test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_again(
+def test_sigterm_before_the_first_step_does_not_prevent_a_new_start(
     large_case: Path, tmp_path: Path, options: list[str], znormseg_process: Call
 ) -> None:
     run = tmp_path / "run"

@@ -63,7 +63,7 @@ def assert_agree(found: Path, name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 @pytest.mark.parametrize("name", ["run", "ensemble"])
-def test_a_model_predicts_the_label_map_of_then(
+def test_an_older_model_predicts_the_same_label_map(
     *, name: str, backend: str, cases: Path, tmp_path: Path, znormseg: Call, request: pytest.FixtureRequest
 ) -> None:
     skip_without(backend, request)
@@ -88,7 +88,7 @@ def openvino_answer(folder: Path) -> Callable[[Any], Any]:
 
 
 @pytest.mark.parametrize(("name", "load"), [("onnx", onnx_answer), ("openvino", openvino_answer)])
-def test_an_export_gives_the_label_map_of_then(
+def test_an_older_export_gives_the_same_label_map(
     *,
     name: str,
     load: Callable[[Path], Callable[[Any], Any]],
@@ -117,18 +117,18 @@ def test_an_export_gives_the_label_map_of_then(
 
 
 @pytest.mark.parametrize("name", ["run", "ensemble", "onnx", "openvino"])
-def test_its_files_are_those_of_its_sums(name: str, znormseg: Call) -> None:
+def test_files_of_an_older_model_match_their_checksums(name: str, znormseg: Call) -> None:
     ended = znormseg("model", "verify", MADE / name)
     assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize("name", ["run", "ensemble", "onnx", "openvino"])
-def test_its_model_card_is_printed(name: str, znormseg: Call) -> None:
+def test_the_model_card_of_an_older_model_is_printed(name: str, znormseg: Call) -> None:
     ended = znormseg("model", "info", MADE / name)
     assert ended.code == 0, ended.err
 
 
-def test_a_run_can_be_a_start_for_another(cases: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_an_older_run_can_initialise_another(cases: Path, tmp_path: Path, znormseg: Call) -> None:
     data = tmp_path / "data"
     write_phantoms(data, 3, seed=1, spacing_mm=5.0)
     settings = (
@@ -142,7 +142,7 @@ def test_a_run_can_be_a_start_for_another(cases: Path, tmp_path: Path, znormseg:
     assert ended.code == 0, ended.err
 
 
-def test_a_run_is_resumed(tmp_path: Path, znormseg: Call) -> None:
+def test_an_older_run_can_be_resumed(tmp_path: Path, znormseg: Call) -> None:
     write_phantoms(tmp_path / "cases", 6, seed=7, spacing_mm=5.0)
     run = Path(shutil.copytree(MADE / "run", tmp_path / "run"))
     more = ("--set", "training.steps=151", "--allow", "training.steps")

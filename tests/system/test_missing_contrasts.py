@@ -67,7 +67,7 @@ def voxels(path: Path) -> npt.NDArray[np.uint8]:
     return np.asarray(nib.Nifti1Image.from_filename(path).dataobj)
 
 
-def test_the_numbers_of_another_data_set_are_read_by_its_own_convention(
+def test_the_labels_of_another_data_set_are_read_with_its_own_convention(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Any
 ) -> None:
     case = shutil.copytree(phantoms / CASE, tmp_path / "other" / CASE)
@@ -85,7 +85,7 @@ def test_the_numbers_of_another_data_set_are_read_by_its_own_convention(
 
 
 @pytest.mark.parametrize(("fixture", "expected"), [("tiny_run", False), ("dropout_run", True)])
-def test_run_and_checkpoint_say_whether_contrasts_may_be_missing(
+def test_run_and_checkpoint_record_whether_contrasts_may_be_missing(
     fixture: str, expected: bool, request: pytest.FixtureRequest
 ) -> None:
     run = request.getfixturevalue(fixture)
@@ -115,7 +115,7 @@ def test_only_a_run_with_dropout_has_presence_channels(tiny_run: Path, dropout_r
     assert channels == [4, 8]
 
 
-def test_a_resumed_run_with_dropout_equals_one_that_was_not_interrupted(
+def test_a_resumed_run_with_dropout_equals_an_uninterrupted_one(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.config.load import load_config
@@ -150,7 +150,7 @@ def test_a_resumed_run_with_dropout_equals_one_that_was_not_interrupted(
 
 
 @pytest.mark.parametrize("subset", [SUBSETS[0], SUBSETS[1], ("t1", "flair"), ("t2",)], ids="+".join)
-def test_a_subset_of_the_files_is_enough_and_the_result_tells_what_was_missing(
+def test_a_subset_of_the_files_is_enough_and_the_result_lists_what_was_missing(
     subset: tuple[str, ...], dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", *subset)
@@ -163,7 +163,7 @@ def test_a_subset_of_the_files_is_enough_and_the_result_tells_what_was_missing(
     assert (f"case {CASE}: predicted without {', '.join(missing)}" in ended.err) == bool(missing)
 
 
-def test_files_given_one_by_one_may_be_fewer_than_four(
+def test_fewer_than_four_single_files_are_accepted(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", "t1", "t2")
@@ -174,7 +174,7 @@ def test_files_given_one_by_one_may_be_fewer_than_four(
     assert np.array_equal(one, two)
 
 
-def test_without_t1c_the_label_map_lies_on_the_grid_of_the_first_that_is_there(
+def test_without_t1c_the_label_map_is_on_the_grid_of_the_first_available_contrast(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", "t2", "flair")
@@ -190,7 +190,7 @@ def test_without_t1c_the_label_map_lies_on_the_grid_of_the_first_that_is_there(
 
 
 @pytest.mark.parametrize("missing", ["t1c", "flair"])
-def test_a_run_that_needs_all_contrasts_says_which_kind_does_not(
+def test_a_run_that_needs_all_contrasts_points_to_contrast_dropout(
     missing: str, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", *(c for c in ENDINGS if c != missing))
@@ -200,7 +200,7 @@ def test_a_run_that_needs_all_contrasts_says_which_kind_does_not(
     assert "trained with augment.contrast_dropout above 0" in ended.err
 
 
-def test_other_problems_of_a_case_stay_problems(
+def test_other_problems_of_a_case_are_still_errors(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", "t1", "t2")
@@ -220,7 +220,7 @@ def test_the_table_has_fifteen_rows_complete_input_first(subset_table: Any) -> N
 
 
 @pytest.mark.parametrize("subset", [SUBSETS[0], ("t1", "t2")], ids="+".join)
-def test_a_row_is_what_predict_and_evaluate_give_when_the_files_are_missing(
+def test_a_row_equals_predict_and_evaluate_without_the_files(
     *, subset: tuple[str, ...], subset_table: Any, dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     (scores,) = (scores for scores in subset_table.subsets if scores.contrasts == subset)
@@ -231,7 +231,7 @@ def test_a_row_is_what_predict_and_evaluate_give_when_the_files_are_missing(
     assert scores.dice() == pytest.approx({region: regions[region]["dice"] for region in regions})
 
 
-def test_text_csv_and_json_hold_the_same_table(
+def test_text_csv_and_json_contain_the_same_table(
     dropout_run: Path, phantoms: Path, subset_table: Any, tmp_path: Path, znormseg: Call
 ) -> None:
     out = tmp_path / "table.csv"
@@ -250,7 +250,7 @@ def test_text_csv_and_json_hold_the_same_table(
     assert [row[1] for row in subset_rows(subset_table)[1:]] == ["2"] * 15
 
 
-def test_a_case_that_lacks_a_contrast_counts_in_the_rows_it_can(
+def test_a_case_that_lacks_a_contrast_counts_in_the_rows_without_it(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", "t1", "flair")
@@ -269,14 +269,14 @@ def chosen(run: Path, phantoms: Path, which: Any) -> list[str]:
     return [case.id for case in choose_cases(run, find_cases(phantoms), which)]
 
 
-def test_cases_of_the_training_are_left_out_unless_asked_for(dropout_run: Path, phantoms: Path) -> None:
+def test_training_cases_are_left_out_unless_requested(dropout_run: Path, phantoms: Path) -> None:
     split = json.loads((dropout_run / "split.json").read_text())
     assert chosen(dropout_run, phantoms, "validation") == split["validation"]
     assert chosen(dropout_run, phantoms, "unseen") == split["validation"]
     assert chosen(dropout_run, phantoms, "all") == sorted([*split["train"], *split["validation"]])
 
 
-def test_when_the_run_trained_on_all_cases_the_way_out_is_told(
+def test_if_the_run_trained_on_all_cases_a_remedy_is_reported(
     dropout_run: Path, phantoms: Path, znormseg: Call
 ) -> None:
     seen = json.loads((dropout_run / "split.json").read_text())["train"][0]
@@ -286,7 +286,7 @@ def test_when_the_run_trained_on_all_cases_the_way_out_is_told(
     assert "the only case with a label map (compared by id) was used for training. Give others, or --cases all" in said
 
 
-def test_when_no_case_was_used_for_validation_it_is_told(dropout_run: Path, phantoms: Path) -> None:
+def test_if_no_case_was_used_for_validation_it_is_reported(dropout_run: Path, phantoms: Path) -> None:
     from app.inference.subsets import choose_cases
     from data.datasets.layouts import find_cases
 
@@ -305,7 +305,7 @@ def test_cases_without_label_maps_are_refused(
     assert "the only case has no label map" in ended.err
 
 
-def test_a_broken_case_is_told_and_the_others_are_scored(
+def test_a_broken_case_is_reported_and_the_others_are_scored(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     for case in sorted(phantoms.iterdir())[:2]:
@@ -319,7 +319,7 @@ def test_a_broken_case_is_told_and_the_others_are_scored(
     assert {row["n"] for row in content["subsets"]} == {1}
 
 
-def test_an_ensemble_of_one_run_has_the_table_of_the_run(
+def test_an_ensemble_of_one_run_has_the_same_table_as_the_run(
     dropout_run: Path, subset_table: Any, phantoms: Path, tmp_path: Path
 ) -> None:
     from app.inference.backends.choose import choose_backend
@@ -340,7 +340,7 @@ def test_an_ensemble_of_one_run_has_the_table_of_the_run(
         assert one.cases[cases[0].id] == other.cases[cases[0].id]
 
 
-def test_a_run_that_needs_all_contrasts_has_no_subsets(tiny_run: Path, phantoms: Path, znormseg: Call) -> None:
+def test_a_run_that_needs_all_contrasts_has_no_table_of_subsets(tiny_run: Path, phantoms: Path, znormseg: Call) -> None:
     ended = znormseg("contrasts", tiny_run, phantoms)
     assert ended.code == 5
     assert "--set augment.contrast_dropout=0.5" in ended.err
@@ -355,7 +355,7 @@ def test_a_run_that_needs_all_contrasts_has_no_subsets(tiny_run: Path, phantoms:
         (["--out", "nowhere/table.csv"], 3, "the folder nowhere does not exist"),
     ],
 )
-def test_a_wrong_option_is_refused_before_the_work(
+def test_an_invalid_option_is_refused_before_any_work(
     *, arguments: list[str], code: int, words: str, dropout_run: Path, phantoms: Path, znormseg: Call
 ) -> None:
     ended = znormseg("contrasts", dropout_run, phantoms, *arguments)

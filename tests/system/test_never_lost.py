@@ -109,7 +109,7 @@ def spoil_batches(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -
 # Damaged checkpoints
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to_the_same_result(
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_previous_one(
     copied: Path, straight: Path, phantoms: Path, messages: Callable[[], list[str]]
 ) -> None:
     newest(copied).write_bytes(newest(copied).read_bytes()[:-1])
@@ -122,7 +122,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
     assert [record["step"] for record in records(copied)] == list(range(1, 9))
 
 
-def test_predict_takes_the_best_weights_before_where_the_newest_are_damaged(
+def test_predict_falls_back_to_the_previous_best_weights_if_the_newest_are_damaged(
     copied: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     newer = load_newest(copied / "checkpoints", "best")
@@ -137,7 +137,7 @@ def test_predict_takes_the_best_weights_before_where_the_newest_are_damaged(
     assert json.loads((tmp_path / "out" / f"{case.name}.json").read_text())["weights_step"] == newer.step
 
 
-def test_best_weights_that_are_lost_are_saved_again(copied: Path, straight: Path, phantoms: Path) -> None:
+def test_lost_best_weights_are_saved_again(copied: Path, straight: Path, phantoms: Path) -> None:
     for path in (copied / "checkpoints").glob("best-*.safetensors"):
         path.write_bytes(b"")
     resume(DataSource(phantoms), copied, load_config(str(copied / "config.yaml"), ["training.steps=10"]))
@@ -145,7 +145,7 @@ def test_best_weights_that_are_lost_are_saved_again(copied: Path, straight: Path
 
 
 @pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["deleted", "damaged"])
-def test_a_finished_run_whose_best_weights_are_all_lost_saves_its_last(
+def test_a_finished_run_that_lost_all_best_weights_saves_its_last_weights(
     lose: Callable[[Path], object], copied: Path, phantoms: Path
 ) -> None:
     for path in (copied / "checkpoints").glob("best-*"):
@@ -157,7 +157,7 @@ def test_a_finished_run_whose_best_weights_are_all_lost_saves_its_last(
     assert [record["step"] for record in records(copied, "validation")] == [2, 4, 6, 8]
 
 
-def test_what_a_killed_process_left_half_written_goes_at_the_next_start(copied: Path, phantoms: Path) -> None:
+def test_partial_files_of_a_killed_process_are_removed_at_the_next_start(copied: Path, phantoms: Path) -> None:
     (copied / "checkpoints" / ".partial-1-last-000000009.safetensors").write_bytes(b"half")
     resume(DataSource(phantoms), copied)
     assert [path.name for path in copied.rglob(".partial*")] == []
@@ -166,7 +166,7 @@ def test_what_a_killed_process_left_half_written_goes_at_the_next_start(copied: 
 # Signals
 
 
-def test_sigusr1_saves_and_the_run_goes_on_to_the_same_result(
+def test_sigusr1_saves_and_the_run_continues_to_the_same_result(
     *,
     phantoms: Path,
     eight_steps: list[str],
@@ -184,7 +184,7 @@ def test_sigusr1_saves_and_the_run_goes_on_to_the_same_result(
     assert_same_weights(tmp_path / "run", straight)
 
 
-def test_sigusr1_while_cases_are_prepared_ends_nothing(
+def test_sigusr1_during_preparation_does_not_end_the_run(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.training import run as train
@@ -206,7 +206,7 @@ def test_sigusr1_while_cases_are_prepared_ends_nothing(
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_run_stopped_while_it_validates_goes_on_to_the_same_result(
+def test_a_run_stopped_during_validation_resumes_to_the_same_result(
     phantoms: Path, eight_steps: list[str], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.training import segmentation
@@ -228,7 +228,7 @@ def test_a_run_stopped_while_it_validates_goes_on_to_the_same_result(
 # Another config
 
 
-def test_a_finished_run_with_a_longer_budget_trains_on_and_says_what_the_learning_rate_does(
+def test_a_finished_run_with_a_longer_budget_continues_and_reports_the_learning_rate(
     copied: Path, phantoms: Path, znormseg: Call
 ) -> None:
     ended = znormseg("train", phantoms, copied, "--resume", "--set", "training.steps=16")
@@ -239,7 +239,7 @@ def test_a_finished_run_with_a_longer_budget_trains_on_and_says_what_the_learnin
     assert [record["step"] for record in records(copied, "validation")] == [2, 4, 6, 8, 12, 16]
 
 
-def test_a_change_of_config_is_on_record_with_its_step(copied: Path, phantoms: Path) -> None:
+def test_a_config_change_is_recorded_with_its_step(copied: Path, phantoms: Path) -> None:
     config = load_config(str(copied / "config.yaml"), ["training.learning_rate=0.002", "training.steps=9"])
     resume(DataSource(phantoms), copied, config, allow=["training.learning_rate"])
     assert load_config(str(copied / "config.yaml")) == config
@@ -250,7 +250,7 @@ def test_a_change_of_config_is_on_record_with_its_step(copied: Path, phantoms: P
     assert len(json.loads((copied / "run.json").read_text())["config_changes"]) == 1
 
 
-def test_a_change_of_what_is_learned_is_shown_and_refused_unless_it_is_allowed(
+def test_a_change_of_the_learning_task_is_shown_and_refused_unless_allowed(
     straight: Path, phantoms: Path, znormseg: Call
 ) -> None:
     changes = ["--set", "training.seed=7", "--set", "training.steps=9"]
@@ -269,29 +269,29 @@ def test_a_change_of_what_is_learned_is_shown_and_refused_unless_it_is_allowed(
         ("data.spacing_mm=3", FIXED["data.spacing_mm"]),
     ],
 )
-def test_what_cannot_change_is_refused_with_the_reason_also_where_it_is_allowed(setting: str, reason: str) -> None:
+def test_fixed_settings_are_refused_with_the_reason_even_if_allowed(setting: str, reason: str) -> None:
     asked = load_config("laptop", [setting])
     with pytest.raises(ConfigError, match=f"cannot change: .*{reason}"):
         require_allowed(Path("run"), load_config("laptop"), asked, [setting.partition("=")[0]])
 
 
-def test_every_key_that_is_named_as_harmless_or_fixed_is_one() -> None:
+def test_every_key_listed_as_harmless_or_fixed_exists() -> None:
     from app.config.load import flat
 
     for name in (*HARMLESS, *FIXED):
         assert [key for key in flat(RunConfig()) if key == name or key.startswith(name)]
 
 
-def test_an_allowed_key_that_there_is_not_is_refused_with_the_one_meant(straight: Path, phantoms: Path) -> None:
+def test_an_unknown_allowed_key_is_refused_with_a_suggestion(straight: Path, phantoms: Path) -> None:
     with pytest.raises(ConfigError, match=r"--allow training\.sed: unknown key; did you mean training\.seed\?"):
         resume(DataSource(phantoms), straight, allow=["training.sed"])
 
 
-def test_allow_without_resume_is_a_wrong_command_line(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_allow_without_resume_is_a_usage_error(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     assert znormseg("train", phantoms, tmp_path / "run", "--allow", "training.seed").code == 2
 
 
-def test_a_refused_change_leaves_the_run_as_it_is(copied: Path, phantoms: Path) -> None:
+def test_a_refused_change_leaves_the_run_unchanged(copied: Path, phantoms: Path) -> None:
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError):
         resume(DataSource(phantoms), copied, load_config("laptop"))
@@ -301,7 +301,7 @@ def test_a_refused_change_leaves_the_run_as_it_is(copied: Path, phantoms: Path) 
 # Losses that are not finite
 
 
-def test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches(
+def test_a_non_finite_loss_rolls_the_run_back_and_continues_with_other_patches(
     phantoms: Path,
     eight_steps: list[str],
     tmp_path: Path,
@@ -320,7 +320,7 @@ def test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches(
     assert all(case in line for case in back["cases"])
 
 
-def test_the_batch_of_such_a_loss_is_kept_for_study(
+def test_the_batch_of_a_non_finite_loss_is_kept_for_inspection(
     phantoms: Path, eight_steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: dict[int, Any] = {}
@@ -339,7 +339,7 @@ def test_the_batch_of_such_a_loss_is_kept_for_study(
     assert (facts["loss"], facts["cases"], facts["batch_numbers"]) == ("inf", list(batches[4].cases), [4])
 
 
-def test_a_run_that_went_back_is_the_same_again_also_when_it_is_interrupted(
+def test_a_rolled_back_run_is_reproducible_even_if_interrupted(
     phantoms: Path, eight_steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config("laptop", eight_steps)
@@ -353,7 +353,7 @@ def test_a_run_that_went_back_is_the_same_again_also_when_it_is_interrupted(
     assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_run_that_went_back_too_often_ends_and_names_every_time(
+def test_a_run_rolled_back_too_often_ends_and_lists_every_time(
     phantoms: Path, eight_steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_batches(monkeypatch, lambda number: number >= 4)
@@ -366,7 +366,7 @@ def test_a_run_that_went_back_too_often_ends_and_names_every_time(
     assert max(steps_saved(tmp_path / "run")) == 8
 
 
-def test_weights_that_are_not_finite_are_never_saved(
+def test_non_finite_weights_are_never_saved(
     phantoms: Path,
     eight_steps: list[str],
     tmp_path: Path,
@@ -399,7 +399,7 @@ def full_for(times: int, write: Callable[..., None]) -> Callable[..., None]:
     return failing
 
 
-def test_a_checkpoint_that_meets_a_full_disk_is_saved_when_there_is_room(
+def test_a_checkpoint_on_a_full_disk_is_saved_once_space_is_available(
     *,
     phantoms: Path,
     eight_steps: list[str],
@@ -420,7 +420,7 @@ def test_a_checkpoint_that_meets_a_full_disk_is_saved_when_there_is_room(
     assert_same_weights(tmp_path / "run", straight)
 
 
-def test_a_stop_while_the_disk_is_full_ends_with_the_error_and_the_old_checkpoint(
+def test_stopping_while_the_disk_is_full_ends_with_the_error_and_the_old_checkpoint(
     phantoms: Path, eight_steps: list[str], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.runs import checkpoints
@@ -438,7 +438,7 @@ def test_a_stop_while_the_disk_is_full_ends_with_the_error_and_the_old_checkpoin
     assert_same_weights(tmp_path / "run", straight)
 
 
-def test_metrics_that_meet_a_full_disk_are_whole_when_there_is_room(
+def test_metrics_on_a_full_disk_are_complete_once_space_is_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.runs.folder import MetricsLog
@@ -474,7 +474,7 @@ def test_metrics_that_meet_a_full_disk_are_whole_when_there_is_room(
     assert wait.waited_seconds > 0
 
 
-def test_another_error_than_a_full_disk_is_no_reason_to_wait(tmp_path: Path) -> None:
+def test_errors_other_than_a_full_disk_are_not_waited_for(tmp_path: Path) -> None:
     def broken() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -485,7 +485,7 @@ def test_another_error_than_a_full_disk_is_no_reason_to_wait(tmp_path: Path) -> 
 # In view
 
 
-def test_progress_tells_loss_rate_waiting_norm_dice_and_time_left(
+def test_progress_shows_loss_rate_waiting_norm_dice_and_time_left(
     phantoms: Path, eight_steps: list[str], tmp_path: Path
 ) -> None:
     seen: list[Any] = []
@@ -496,12 +496,12 @@ def test_progress_tells_loss_rate_waiting_norm_dice_and_time_left(
     assert last.eta_seconds == 0
 
 
-def test_records_of_steps_tell_how_long_they_waited_and_every_tenth_the_gradients_norm(tiny_run: Path) -> None:
+def test_step_records_have_the_waiting_time_and_every_tenth_the_gradient_norm(tiny_run: Path) -> None:
     assert all(record["waited_seconds"] >= 0 for record in records(tiny_run))
     assert [record["step"] for record in records(tiny_run) if "gradient_norm" in record] == [1, 11, 21, 31, 41, 51]
 
 
-def test_tensorboard_has_the_share_of_waiting_and_a_picture_of_each_validation(tiny_run: Path) -> None:
+def test_tensorboard_has_the_waiting_fraction_and_a_picture_of_each_validation(tiny_run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
     events = EventAccumulator(str(tiny_run / "tensorboard"), size_guidance={SCALARS: 0, IMAGES: 0})

@@ -25,7 +25,7 @@ def trap(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [["znormseg"], ["python", "-m", "app"]], ids=" ".join)
-def test_the_working_folder_does_not_stand_in_for_our_packages(
+def test_the_working_folder_does_not_shadow_our_packages(
     command: list[str], trap: Path, shell: Callable[..., Any]
 ) -> None:
     ended = shell([*command, "predict", "runs/nowhere", "cases", "out"], cwd=trap)
@@ -37,20 +37,20 @@ def test_the_module_and_the_script_are_the_same_program(shell: Callable[..., Any
     assert shell(["python", "-m", "app", "--version"], cwd=tmp_path) == shell(["znormseg", "--version"], cwd=tmp_path)
 
 
-def test_the_wheel_has_our_four_packages_and_no_other_folder_of_the_root_matches() -> None:
+def test_the_wheel_contains_only_our_four_packages() -> None:
     patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     folders = [place.name for place in ROOT.iterdir() if place.is_dir()]
     matching = {name for name in folders if any(fnmatch(name, pattern) for pattern in patterns)}
     assert matching == {"znorm", "models", "data", "app"}
 
 
-def test_every_python_file_lies_in_a_package() -> None:
+def test_every_python_file_is_in_a_package() -> None:
     roots = ("znorm", "models", "data", "app")
     files = [path for root in roots for path in (ROOT / root).rglob("*.py")]
     assert [path for path in files if not (path.parent / "__init__.py").exists()] == []
 
 
-def test_every_file_beside_the_code_is_among_the_package_data() -> None:
+def test_every_file_next_to_the_code_is_package_data() -> None:
     declared = dict(PROJECT["tool"]["setuptools"]["package-data"])
     patterns = declared.pop("*")
     named = {path for package, some in declared.items() for one in some for path in (ROOT / package).glob(one)}
@@ -60,7 +60,7 @@ def test_every_file_beside_the_code_is_among_the_package_data() -> None:
     assert [path for path in others if not any(path.match(pattern) for pattern in patterns)] == []
 
 
-def test_the_weights_that_ship_are_among_the_package_data(tmp_path: Path) -> None:
+def test_the_shipped_weights_are_package_data(tmp_path: Path) -> None:
     (pattern,) = PROJECT["tool"]["setuptools"]["package-data"]["models"]
     weights = tmp_path / "starter" / "fold-0" / "checkpoints" / "best-000000001.safetensors"
     for path in (weights, tmp_path / "starter" / "SHA256SUMS"):

@@ -48,7 +48,7 @@ def split_of(run: Path) -> tuple[set[str], set[str]]:
     return set(content["train"]), set(content["validation"])
 
 
-def test_train_keeps_the_cases_of_a_patient_that_a_manifest_states_together(
+def test_train_keeps_patients_stated_in_a_manifest_together(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     data = manifest(tmp_path / "m.csv", phantoms, "abcdef", "112233")
@@ -59,7 +59,7 @@ def test_train_keeps_the_cases_of_a_patient_that_a_manifest_states_together(
     assert train == set("abcdef") - validation
 
 
-def test_check_counts_patients_by_the_column_and_by_visits(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_check_counts_patients_by_column_and_by_visits(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     stated = manifest(tmp_path / "m.csv", phantoms, "abcdef", "112233")
     visits = manifest(tmp_path / "v.csv", phantoms, [f"sub-{n}_ses-{v}" for n in "123" for v in "12"])
     for data in (stated, visits):
@@ -67,7 +67,7 @@ def test_check_counts_patients_by_the_column_and_by_visits(phantoms: Path, tmp_p
         assert (ended.code, json.loads(ended.out)["patients"]) == (0, 3)
 
 
-def test_train_warns_where_ids_look_like_visits_that_it_parts(
+def test_train_warns_when_it_separates_ids_that_look_like_visits(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     data = manifest(tmp_path / "m.csv", phantoms, [f"P0{n}_{v}" for n in "123" for v in "12"])
@@ -78,7 +78,7 @@ def test_train_warns_where_ids_look_like_visits_that_it_parts(
     assert "P01_1, P01_2. If they are" in ended.err
 
 
-def test_a_split_that_parts_a_stated_patient_is_refused_with_both_cases(phantoms: Path, tmp_path: Path) -> None:
+def test_a_split_that_separates_a_stated_patient_is_refused_with_both_cases(phantoms: Path, tmp_path: Path) -> None:
     data = manifest(tmp_path / "m.csv", phantoms, "abcdef", "112233")
     (tmp_path / "split.json").write_text('{"train": ["a", "c"], "validation": ["d"]}')
     with pytest.raises(DataError, match=r"patient 2 is in train and in validation \(case c, case d\)"):
@@ -90,7 +90,7 @@ def test_a_split_that_parts_a_stated_patient_is_refused_with_both_cases(phantoms
         )
 
 
-def test_the_split_of_a_run_of_an_older_version_is_kept_with_a_warning(
+def test_the_split_of_an_older_run_is_kept_with_a_warning(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = [f"sub-{n}_ses-{v}" for n in "123" for v in "12"]
@@ -112,7 +112,7 @@ def test_every_fold_of_a_cross_validation_keeps_patients_together(
     assert sorted(split.validation for split in folds.splits) == [("a", "b"), ("c", "d"), ("e", "f")]
 
 
-def test_a_cross_validation_that_was_begun_keeps_its_folds_and_warns(
+def test_a_started_cross_validation_keeps_its_folds_and_warns(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = [f"sub-{n}_ses-{v}" for n in "123" for v in "12"]
@@ -128,7 +128,7 @@ def test_a_cross_validation_that_was_begun_keeps_its_folds_and_warns(
     assert "the recorded split has cases of the same patient in several parts" in caplog.text
 
 
-def test_a_damaged_record_of_folds_is_refused_with_its_path(
+def test_a_damaged_folds_file_is_refused_with_its_path(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "folds.json").write_text('{"folds": 3}')
@@ -170,9 +170,7 @@ def odd(phantoms: Path, tmp_path: Path) -> Path:
     return tmp_path / "odd"
 
 
-def test_one_name_that_cannot_be_used_is_that_cases_trouble(
-    odd: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
-) -> None:
+def test_an_unusable_name_affects_only_its_own_case(odd: Path, tiny_run: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("predict", tiny_run, odd, tmp_path / "out")
     assert ended.code == 6
     assert "is not valid UTF-8" in ended.err
@@ -180,7 +178,7 @@ def test_one_name_that_cannot_be_used_is_that_cases_trouble(
     assert written == {"usual.nii.gz", "Zo\u00eb.nii.gz", f"{'x' * 240}.nii.gz"}
 
 
-def test_a_file_whose_name_would_be_too_long_is_refused_in_words(
+def test_a_file_name_that_would_be_too_long_is_refused_with_a_clear_message(
     odd: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("predict", tiny_run, odd, tmp_path / "out", "--save-probabilities")
@@ -190,7 +188,7 @@ def test_a_file_whose_name_would_be_too_long_is_refused_in_words(
 
 
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
-def test_a_terminal_that_cannot_show_a_name_stops_nothing(
+def test_a_terminal_that_cannot_show_a_name_causes_no_failure(
     odd: Path, znormseg_process: Call, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
@@ -200,7 +198,7 @@ def test_a_terminal_that_cannot_show_a_name_stops_nothing(
     assert "4 cases of 4 patients" in out
 
 
-def test_scores_of_names_that_are_no_utf8_are_written(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_scores_of_names_that_are_not_utf8_are_written(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     names = [b"caf\xe9", "Zoe\u0308".encode()]
     for folder, name in ((folder, name) for folder in ("predicted", "expected") for name in names):
         (tmp_path / folder).mkdir(exist_ok=True)

@@ -113,14 +113,14 @@ def started(phantoms: Path, run: Path, table: Path, *more: str) -> None:
 # Training
 
 
-def test_the_labels_of_all_cases_are_on_record(presence_run: Path, cases: list[str]) -> None:
+def test_the_labels_of_all_cases_are_recorded(presence_run: Path, cases: list[str]) -> None:
     from data.phantoms.sampling import draw_kind
 
     record = json.loads((presence_run / "run.json").read_text())["presence"]
     assert record["labels"] == {case: [int(draw_kind(int(case[-5:]), 0).enhances)] for case in (*cases[:3], cases[4])}
 
 
-def test_present_and_absent_cases_weigh_the_same_in_total(presence_run: Path) -> None:
+def test_present_and_absent_cases_have_the_same_total_weight(presence_run: Path) -> None:
     record = json.loads((presence_run / "run.json").read_text())["presence"]
     train = json.loads((presence_run / "split.json").read_text())["train"]
     present = sum(record["labels"][case][0] for case in train)
@@ -135,7 +135,7 @@ def test_a_validation_records_the_brier_score_and_the_area_under_the_roc_curve(p
     assert set(validation["auroc"]) == {"ET"}
 
 
-def test_a_resumed_presence_run_has_the_weights_of_one_that_was_not_interrupted(
+def test_a_resumed_presence_run_has_the_weights_of_an_uninterrupted_one(
     phantoms: Path, split: Path, tmp_path: Path
 ) -> None:
     from app.runs.checkpoints import load_newest
@@ -152,11 +152,11 @@ def test_a_resumed_presence_run_has_the_weights_of_one_that_was_not_interrupted(
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
 
 
-def test_the_model_card_says_what_is_judged(presence_run: Path) -> None:
+def test_the_model_card_states_what_is_predicted(presence_run: Path) -> None:
     assert "Presence of ET in a case" in (presence_run / "MODEL_CARD.md").read_text()
 
 
-def test_slabs_take_their_labels_from_the_voxels_of_the_batch() -> None:
+def test_slabs_get_their_labels_from_the_voxels_of_the_batch() -> None:
     config = load_config("presence", [*TINY, *SLABS])
     facts = {
         "spacing_mm": [4, 4, 4],
@@ -168,7 +168,9 @@ def test_slabs_take_their_labels_from_the_voxels_of_the_batch() -> None:
     assert Presence(config, facts).target(batch).tolist() == [[1.0, 0.0], [0.0, 0.0]]
 
 
-def test_slabs_train_and_are_predicted_with_their_positions(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_slabs_are_trained_on_and_predicted_with_their_positions(
+    phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
     start(DataSource(phantoms), tmp_path / "run", load_config("presence", [*TINY, *SLABS]))
     case = sorted(phantoms.iterdir())[0]
     assert znormseg("predict", tmp_path / "run", case, tmp_path / "out", "--device", "cpu").code == 0
@@ -180,24 +182,24 @@ def test_slabs_train_and_are_predicted_with_their_positions(phantoms: Path, tmp_
 # Bad input
 
 
-def test_a_column_that_is_missing_is_named(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
+def test_a_missing_column_is_named(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
     with pytest.raises(DataError, match=r"labels\.csv: no column IDH; its columns are case, grade, ET"):
         started(phantoms, tmp_path / "run", table(rows_of(cases)), "task.outputs=[IDH]")
     assert not (tmp_path / "run").exists()
 
 
-def test_one_class_alone_is_refused(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
+def test_a_single_class_is_refused(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
     with pytest.raises(DataError, match=r"ET is present in all \d training cases"):
         started(phantoms, tmp_path / "run", table(rows_of(cases)), "task.outputs=[ET]")
 
 
-def test_one_class_alone_in_the_label_maps_is_refused(phantoms: Path, tmp_path: Path) -> None:
+def test_a_single_class_in_the_label_maps_is_refused(phantoms: Path, tmp_path: Path) -> None:
     config = load_config("presence", [*TINY, "task.outputs=[WT]"])
     with pytest.raises(DataError, match=r"WT is present in all . training cases \(WT of at least 0\.5 ml"):
         start(DataSource(phantoms), tmp_path / "run", config)
 
 
-def test_slabs_may_have_an_output_in_every_case_but_not_in_none() -> None:
+def test_a_slab_label_may_be_present_in_every_case_but_not_in_none() -> None:
     from app.config.task import TaskConfig
     from app.training.presence_labels import require_both_classes
 
@@ -218,7 +220,7 @@ def test_a_row_without_a_case_is_named(phantoms: Path, tmp_path: Path, table: Ta
 
 
 @pytest.mark.parametrize("value", ["2", "", "yes", "0.5", "nan"])
-def test_a_value_other_than_0_and_1_is_named(
+def test_a_value_other_than_0_or_1_is_named(
     phantoms: Path, tmp_path: Path, table: Table, cases: list[str], value: str
 ) -> None:
     lines = [*rows_of(cases)[:-1], f"{cases[-1]},{value},1"]
@@ -243,7 +245,7 @@ def test_two_rows_for_a_case_are_refused(phantoms: Path, tmp_path: Path, table: 
         ("training.patch_voxels=[40, 48, 4]", "only slabs"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(setting: str, hint: str) -> None:
+def test_incompatible_settings_are_refused(setting: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
         load_config("presence", [*TINY, setting])
 
@@ -253,7 +255,7 @@ def test_segmentation_refuses_a_resnet() -> None:
         load_config("laptop", ["network.architecture=resnet10", "network.channels=[4, 4, 4, 4]"])
 
 
-def test_cases_without_label_maps_train_on_a_table(
+def test_cases_without_label_maps_can_be_trained_on_with_a_table(
     phantoms: Path, tmp_path: Path, cases: list[str], table: Table
 ) -> None:
     data = tmp_path / "data"
@@ -286,7 +288,7 @@ def test_the_table_has_a_row_for_each_case(predictions: Path, cases: list[str]) 
     assert set(rows[0]) == {"case", "ET", "ET_present"}
 
 
-def test_finished_cases_are_kept_and_changed_answers_are_not(
+def test_finished_cases_are_kept_and_modified_results_are_not(
     presence_run: Path, phantoms: Path, tmp_path: Path, cases: list[str], znormseg: Call
 ) -> None:
     arguments = ("predict", presence_run, phantoms / cases[0], tmp_path / "out", "--device", "cpu", "--json")
@@ -297,7 +299,7 @@ def test_finished_cases_are_kept_and_changed_answers_are_not(
     assert json.loads(znormseg(*arguments).out)["skipped"] == []
 
 
-def test_evaluate_gives_every_measure_with_its_interval_and_a_page(
+def test_evaluate_gives_every_metric_with_its_interval_and_a_page(
     predictions: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg("evaluate", predictions, phantoms, "--json", "--page", tmp_path / "page.html")
@@ -307,7 +309,9 @@ def test_evaluate_gives_every_measure_with_its_interval_and_a_page(
     assert "ROC" in (tmp_path / "page.html").read_text()
 
 
-def test_evaluate_takes_a_table_as_reference(predictions: Path, table: Table, cases: list[str], znormseg: Call) -> None:
+def test_evaluate_accepts_a_table_as_reference(
+    predictions: Path, table: Table, cases: list[str], znormseg: Call
+) -> None:
     labels = table(["case,ET", *(f"{case},{number % 2}" for number, case in enumerate(cases))])
     ended = znormseg("evaluate", predictions, labels, "--json")
     assert [case["present"]["ET"] for case in json.loads(ended.out)["cases"]] == [0, 1, 0, 1, 0, 1]
@@ -321,7 +325,7 @@ def test_predictions_of_two_models_in_one_folder_are_refused(tmp_path: Path) -> 
         read_presence_predictions(tmp_path)
 
 
-def test_an_option_of_0_is_also_refused() -> None:
+def test_an_unsupported_option_of_0_is_also_refused() -> None:
     with pytest.raises(typer.BadParameter, match="--overlap cannot be used with RUN"):
         refuse_for_presence(Path("RUN"), {"--tta": False, "--device": None, "--overlap": 0.0})
 
@@ -394,18 +398,18 @@ def test_a_case_without_a_contrast_that_the_gate_needs_is_refused(phantoms: Path
         steps.read(find_cases(tmp_path / "data")[0])
 
 
-def test_a_segmentation_is_no_gate(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_a_segmentation_model_cannot_be_a_gate(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("predict", tiny_run, phantoms, tmp_path / "out", "--presence", tiny_run)
     assert (ended.code, "not a presence model" in ended.err) == (5, True)
 
 
 @pytest.mark.parametrize(("name", "task"), [("starter", "segmentation"), ("mindgrab", "skull stripping")])
-def test_a_published_model_as_gate_is_named_as_what_it_is(name: str, task: str) -> None:
+def test_a_published_model_given_as_a_gate_is_refused_with_its_kind(name: str, task: str) -> None:
     with pytest.raises(RunError, match=f"^{name}: a published model for {task}, not for presence. Give a run of"):
         load_presence(Path(name), cast("Any", None))
 
 
-def test_config_of_a_presence_run_reads_back(presence_run: Path) -> None:
+def test_the_config_of_a_presence_run_reads_back_the_same(presence_run: Path) -> None:
     config: RunConfig = load_config(str(presence_run / "config.yaml"))
     assert (config.task.name, config.outputs) == ("presence", ("ET",))
 
@@ -429,7 +433,7 @@ def crossvalidated(phantoms: Path, cases: list[str], tmp_path_factory: pytest.Te
     return folder / "out"
 
 
-def test_every_case_is_answered_by_the_network_that_was_not_trained_on_it(crossvalidated: Path) -> None:
+def test_every_case_is_predicted_by_the_network_not_trained_on_it(crossvalidated: Path) -> None:
     for fold in (0, 1):
         split = json.loads((crossvalidated / "splits" / f"fold-{fold}.json").read_text())
         (best,) = (crossvalidated / f"fold-{fold}" / "checkpoints").glob("best-*.json")

@@ -27,7 +27,7 @@ def steps(workflow: Path) -> list[dict[str, Any]]:
     return [step for job in jobs(workflow).values() for step in job["steps"]]
 
 
-def test_there_are_workflows_and_issue_forms() -> None:
+def test_workflows_and_issue_forms_exist() -> None:
     assert [path.name for path in WORKFLOWS] == ["nightly.yml", "test.yml"]
     assert [path.name for path in FORMS] == ["bug.yml", "idea.yml"]
 
@@ -49,12 +49,12 @@ def test_every_make_target_of_a_workflow_exists(workflow: Path) -> None:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_may_only_read_and_its_jobs_end(workflow: Path) -> None:
+def test_workflows_are_read_only_and_their_jobs_have_timeouts(workflow: Path) -> None:
     assert yaml.safe_load(workflow.read_text(encoding="utf-8"))["permissions"] == {"contents": "read"}
     assert all(job["timeout-minutes"] > 0 for job in jobs(workflow).values())
 
 
-def test_the_pythons_that_are_tested_are_those_of_the_classifiers() -> None:
+def test_the_tested_python_versions_match_the_classifiers() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
     matrix = jobs(ROOT / ".github" / "workflows" / "test.yml")["test"]["strategy"]["matrix"]
@@ -62,7 +62,7 @@ def test_the_pythons_that_are_tested_are_those_of_the_classifiers() -> None:
     assert project["requires-python"] == f">={named[0]}"
 
 
-def test_contributing_gives_a_reason_for_each_dependency_once() -> None:
+def test_contributing_gives_one_reason_for_each_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [
         *project["dependencies"],
@@ -75,14 +75,14 @@ def test_contributing_gives_a_reason_for_each_dependency_once() -> None:
     assert all(reason.strip(" |") for _, _, reason in rows)
 
 
-def test_pre_commit_has_the_pinned_ruff() -> None:
+def test_pre_commit_uses_the_pinned_ruff() -> None:
     revisions = {repository["repo"].rpartition("/")[2]: repository["rev"] for repository in PRE_COMMIT["repos"]}
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert f"ruff=={revisions['ruff-pre-commit'].removeprefix('v')}" in pins
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.name)
-def test_an_issue_form_has_what_github_requires(form: Path) -> None:
+def test_issue_forms_have_everything_github_requires(form: Path) -> None:
     content = yaml.safe_load(form.read_text(encoding="utf-8"))
     assert {"name", "description", "body"} <= content.keys()
     questions = [part for part in content["body"] if part["type"] != "markdown"]

@@ -110,7 +110,7 @@ def reference() -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_schema_is_one(name: str) -> None:
+def test_the_schema_is_valid_json_schema(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMAS[name])
 
 
@@ -121,12 +121,12 @@ def test_every_field_is_described(name: str) -> None:
     assert [path for path, schema, _ in found if not schema.get("description", "").endswith(".")] == []
 
 
-def test_the_codes_of_flags_are_those_of_the_program() -> None:
+def test_the_flag_codes_match_the_program() -> None:
     described = {path: schema for path, schema, _ in fields(SCHEMAS["predict"])}
     assert described["flags[].code"]["enum"] == list(CODES)
 
 
-def test_the_reference_page_is_that_of_the_schema() -> None:
+def test_the_reference_page_matches_the_schema() -> None:
     if os.environ.get("ZNORMSEG_REGENERATE"):
         REFERENCE.write_text(reference(), encoding="utf-8")
     assert REFERENCE.read_text(encoding="utf-8") == reference()
@@ -149,21 +149,21 @@ def plain(tiny_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFacto
     return content
 
 
-def test_a_plain_prediction_keeps_to_the_schema(plain: dict[str, Any]) -> None:
+def test_a_plain_prediction_conforms_to_the_schema(plain: dict[str, Any]) -> None:
     assert problems("predict", plain) == []
 
 
 @pytest.mark.parametrize("name", [path for path, _, always in fields(SCHEMAS["predict"]) if always and "." not in path])
-def test_a_field_that_is_gone_is_noticed(name: str, plain: dict[str, Any]) -> None:
+def test_a_missing_field_is_noticed(name: str, plain: dict[str, Any]) -> None:
     assert problems("predict", {key: value for key, value in plain.items() if key != name})
 
 
-def test_a_field_that_nobody_described_is_noticed(plain: dict[str, Any]) -> None:
+def test_an_undescribed_field_is_noticed(plain: dict[str, Any]) -> None:
     assert problems("predict", {**plain, "certainty": 1})
     assert problems("predict", {**plain, "files": {**plain["files"], "certainty": None}})
 
 
-def test_a_case_without_a_contrast_keeps_to_the_schema(plain: dict[str, Any]) -> None:
+def test_a_case_without_a_contrast_conforms_to_the_schema(plain: dict[str, Any]) -> None:
     inputs = {contrast: path for contrast, path in plain["inputs"].items() if contrast != "t1"}
     assert problems("predict", {**plain, "inputs": inputs, "missing_contrasts": ["t1"]}) == []
 
@@ -180,7 +180,7 @@ def ensemble_of(run: Path, place: Path) -> Path:
     return place
 
 
-def test_every_option_of_an_ensemble_and_a_failure_keep_to_the_schemas(
+def test_every_option_of_an_ensemble_and_a_failure_conform_to_the_schemas(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     shutil.copytree(phantoms / CASE, tmp_path / "in" / CASE)
@@ -203,7 +203,7 @@ def test_every_option_of_an_ensemble_and_a_failure_keep_to_the_schemas(
     assert None not in content["files"].values()
 
 
-def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
+def test_a_prepared_case_conforms_to_the_schema_and_has_its_files(
     tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import SimpleITK as sitk  # noqa: N813

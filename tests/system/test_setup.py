@@ -106,13 +106,13 @@ def test_without_a_gpu_torch_comes_from_the_cpu_index() -> None:
     assert choose().options == ("--index-url", "https://download.pytorch.org/whl/cpu")
 
 
-def test_with_a_gpu_torch_comes_from_pypi_and_the_cpu_index_is_not_asked() -> None:
+def test_with_a_gpu_torch_comes_from_pypi_and_the_cpu_index_is_not_queried() -> None:
     choice = choose(gpu=lambda: "nvidia-smi lists a GPU", cpu_index_has_torch=never)
     assert choice.options == ()
     assert "nvidia-smi lists a GPU" in choice.reason
 
 
-def test_where_the_cpu_index_cannot_be_reached_the_fallback_its_cost_and_the_way_out_are_said() -> None:
+def test_an_unreachable_cpu_index_is_reported_with_fallback_cost_and_remedy() -> None:
     choice = choose(cpu_index_has_torch=lambda: False)
     assert choice.options == ()
     for words in ("cannot be reached", "2.7 GB", "although there is no NVIDIA GPU", "TORCH_INDEX=URL"):
@@ -120,11 +120,11 @@ def test_where_the_cpu_index_cannot_be_reached_the_fallback_its_cost_and_the_way
 
 
 @pytest.mark.parametrize("changes", [{"own_source": install.Choice((), "")}, {"system": "Darwin"}], ids=str)
-def test_own_sources_and_systems_without_cuda_builds_leave_the_choice_to_pip(changes: dict[str, Any]) -> None:
+def test_custom_sources_and_systems_without_cuda_builds_leave_the_choice_to_pip(changes: dict[str, Any]) -> None:
     assert choose(**changes, gpu=never, cpu_index_has_torch=never).options == ()
 
 
-def test_torch_index_wins_over_everything() -> None:
+def test_torch_index_overrides_everything() -> None:
     environment = {"TORCH_INDEX": "https://mirror.example/whl/cu130"}
     choice = choose(environment=environment, own_source=install.Choice((), ""), gpu=never, cpu_index_has_torch=never)
     assert choice.options == ("--index-url", "https://mirror.example/whl/cu130")
@@ -138,7 +138,7 @@ def test_torch_index_wins_over_everything() -> None:
         ("echo 'NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.'; exit 9", False),
     ],
 )
-def test_a_stand_in_for_nvidia_smi_shows_a_gpu_only_where_it_lists_one(
+def test_nvidia_smi_indicates_a_gpu_only_if_it_lists_one(
     script: str, seen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
@@ -148,7 +148,7 @@ def test_a_stand_in_for_nvidia_smi_shows_a_gpu_only_where_it_lists_one(
 
 
 @pytest.mark.parametrize("sign", ["dev/nvidiactl", "proc/driver/nvidia/version"])
-def test_the_drivers_files_show_a_gpu_without_nvidia_smi(
+def test_driver_files_indicate_a_gpu_without_nvidia_smi(
     sign: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -158,7 +158,7 @@ def test_the_drivers_files_show_a_gpu_without_nvidia_smi(
     assert sign in install.nvidia_gpu(tmp_path)
 
 
-def test_an_index_is_used_only_if_it_answers_and_has_the_version_we_pin(
+def test_an_index_is_used_only_if_it_responds_and_has_the_pinned_version(
     index: tuple[str, Path], plain_pip: None
 ) -> None:
     address, torch = index
@@ -169,16 +169,16 @@ def test_an_index_is_used_only_if_it_answers_and_has_the_version_we_pin(
     assert install.has_torch("--index-url", address)
 
 
-def test_an_index_that_refuses_connections_is_no_index(plain_pip: None) -> None:
+def test_an_index_that_refuses_connections_is_not_used(plain_pip: None) -> None:
     assert not install.has_torch("--index-url", "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("key", ["index-url", "no-index"])
-def test_an_index_in_place_of_pypi_decides_without_being_asked(key: str) -> None:
+def test_a_replacement_for_pypi_is_used_without_a_query(key: str) -> None:
     assert key in install.own_source({key: "1", "find-links": "W"}, never).reason
 
 
-def test_wheels_of_ones_own_decide_only_if_torch_is_among_them(
+def test_local_wheels_are_used_only_if_they_include_torch(
     tmp_path: Path, plain_pip: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -188,14 +188,14 @@ def test_wheels_of_ones_own_decide_only_if_torch_is_among_them(
     assert install.own_source(settings, install.has_torch).options == ("--no-index",)
 
 
-def test_a_second_index_decides_only_if_it_has_torch(index: tuple[str, Path], plain_pip: None) -> None:
+def test_a_second_index_is_used_only_if_it_has_torch(index: tuple[str, Path], plain_pip: None) -> None:
     settings = {"extra-index-url": f"{index[0]} http://127.0.0.1:9"}
     assert install.own_source(settings, install.has_torch) is None
     stand_in_wheel(index[1], f"{PINS['torch']}+cu126")
     assert install.own_source(settings, install.has_torch).options == ("--index-url", index[0])
 
 
-def test_pips_settings_are_those_that_hold_for_install(plain_pip: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_settings_are_those_that_apply_to_install(plain_pip: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "https://a.example\nhttps://b.example")
     monkeypatch.setenv("PIP_INDEX_URL", "")
     listed = subprocess.run([*install.PIP, "config", "list"], capture_output=True, text=True, check=True).stdout
@@ -284,14 +284,14 @@ def test_a_fresh_clone_in_a_path_with_spaces_gets_torch_from_the_cpu_index(proje
 
 
 @pytest.mark.slow
-def test_a_venv_without_pip_as_uv_makes_it_gets_pip(project: Path, index: tuple[str, Path]) -> None:
+def test_a_venv_created_by_uv_without_pip_gets_pip(project: Path, index: tuple[str, Path]) -> None:
     shutil.rmtree(site_packages(project) / "pip")
     ended = set_up(project, TORCH_INDEX=index[0])
     assert ended.returncode == 0, ended.stderr
     assert version_of_torch(project) == f"{PINS['torch']}+cpu"
 
 
-def test_locked_refuses_a_file_with_another_hash(project: Path, index: tuple[str, Path]) -> None:
+def test_locked_refuses_a_file_with_a_different_hash(project: Path, index: tuple[str, Path]) -> None:
     with (index[1] / f"torch-{PINS['torch']}+cpu-py3-none-any.whl").open("ab") as wheel:
         wheel.write(b"tampered with")
     ended = set_up(project, TORCH_INDEX=index[0], LOCKED="1")
@@ -299,7 +299,7 @@ def test_locked_refuses_a_file_with_another_hash(project: Path, index: tuple[str
     assert "DO NOT MATCH THE HASHES" in ended.stderr
 
 
-def test_locked_installs_files_with_the_right_hash_and_checks_none_that_are_there(
+def test_locked_installs_files_with_the_right_hash_and_skips_installed_ones(
     project: Path, index: tuple[str, Path]
 ) -> None:
     ended = set_up(project, TORCH_INDEX=index[0], LOCKED="1")
@@ -309,7 +309,7 @@ def test_locked_installs_files_with_the_right_hash_and_checks_none_that_are_ther
     assert "make clean" in again.stderr
 
 
-def test_locked_takes_torch_from_wheels_of_ones_own_though_an_index_states_a_hash(
+def test_locked_prefers_a_local_torch_wheel_to_an_index_with_a_hash(
     project: Path, index: tuple[str, Path], tmp_path: Path
 ) -> None:
     shutil.move(next(index[1].glob("*.whl")), tmp_path)
@@ -325,7 +325,7 @@ def test_locked_takes_torch_from_wheels_of_ones_own_though_an_index_states_a_has
     assert version_of_torch(project) == f"{PINS['torch']}+cpu"
 
 
-def test_a_torch_index_that_fails_ends_with_pips_error(project: Path) -> None:
+def test_a_failing_torch_index_ends_with_the_error_of_pip(project: Path) -> None:
     ended = set_up(project, TORCH_INDEX="http://127.0.0.1:9", PIP_RETRIES="0")
     assert ended.returncode == 1
     assert f"ERROR: No matching distribution found for torch=={PINS['torch']}" in ended.stderr
@@ -349,7 +349,7 @@ def dry_run(*goals: str, **environment: str) -> str:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(("goal", "installs"), [("demo", ["run"]), ("setup", ["run"]), ("test", ["run", "dev"])])
-def test_only_what_develops_installs_more_than_running_needs(goal: str, installs: list[str]) -> None:
+def test_only_the_development_targets_install_more_than_running_needs(goal: str, installs: list[str]) -> None:
     assert re.findall(r"install\.py (\w+)", dry_run(goal)) == installs
 
 
@@ -366,7 +366,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_the_locks_and_the_pins_agree() -> None:
+def test_the_lock_files_and_the_pins_agree() -> None:
     docker = (ROOT / "docker" / "constraints.txt").read_text(encoding="utf-8")
     pins = PINS | dict(re.findall(r"^(\S+)==(\S+)$", docker, re.MULTILINE))
     locks = {name: version for file in ("run", "dev", "torch", "cuda") for name, version in locked(file).items()}
@@ -381,7 +381,7 @@ def test_the_locks_and_the_pins_agree() -> None:
 
 
 @pytest.mark.parametrize("name", ["run", "dev", "torch", "cuda"])
-def test_every_package_of_a_lock_has_a_hash(name: str) -> None:
+def test_every_package_in_a_lock_file_has_a_hash(name: str) -> None:
     text = (ROOT / "locks" / f"{name}.txt").read_text(encoding="utf-8")
     blocks = re.findall(r"^[a-z].*(?:\n +.*)*", text, re.MULTILINE)
     assert len(blocks) == len(locked(name))
@@ -389,7 +389,7 @@ def test_every_package_of_a_lock_has_a_hash(name: str) -> None:
 
 
 @pytest.mark.parametrize(("extra", "files"), [("", ["run"]), ("dev", ["run", "dev", "cuda"])])
-def test_a_lock_has_all_that_the_project_requires_here(extra: str, files: list[str]) -> None:
+def test_a_lock_file_has_everything_the_project_requires_here(extra: str, files: list[str]) -> None:
     requirements = pytest.importorskip("packaging.requirements")
     wanted, seen = [("znormseg", extra)], set()
     while wanted:
@@ -411,7 +411,7 @@ SERVICE_MODULES = frozenset(
 )
 
 
-def test_the_program_imports_nothing_that_running_does_not_install() -> None:
+def test_the_program_imports_only_packages_that_are_runtime_requirements() -> None:
     trees = [ast.parse(file.read_text("utf-8")) for name in OURS for file in (ROOT / name).rglob("*.py")]
     names = {alias.name for node in walked(trees, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in walked(trees, ast.ImportFrom) if node.level == 0}
@@ -428,12 +428,12 @@ def walked(trees: list[ast.Module], kind: type[Any]) -> list[Any]:
     return [node for tree in trees for node in ast.walk(tree) if isinstance(node, kind)]
 
 
-def test_dev_adds_to_run() -> None:
+def test_the_development_requirements_extend_the_runtime_ones() -> None:
     assert "-r run.txt\n" in (ROOT / "locks" / "dev.txt").read_text(encoding="utf-8")
     assert not locked("run").keys() & locked("dev").keys()
 
 
-def test_the_pins_hold_for_the_first_python_that_the_project_takes() -> None:
+def test_the_pins_support_the_oldest_supported_python() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["requires-python"] == ">=3.11"
     specifiers = pytest.importorskip("packaging.specifiers")

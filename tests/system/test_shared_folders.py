@@ -88,7 +88,7 @@ def warnings_of(err: str, what: str) -> list[str]:
         pytest.param(MAPS.format("ENODEV"), "map files into memory", id="mmap: ENODEV", marks=pytest.mark.slow),
     ],
 )
-def test_training_carries_on_with_one_warning_that_names_the_folder(
+def test_training_continues_with_one_warning_that_names_the_folder(
     *, script: str, what: str, where: Call, phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
     ended = where(script)(["znormseg", "train", phantoms, tmp_path / "run", *options])
@@ -99,7 +99,7 @@ def test_training_carries_on_with_one_warning_that_names_the_folder(
 
 
 @pytest.mark.slow
-def test_files_without_times_modes_and_free_space_are_no_matter(
+def test_files_without_times_modes_and_free_space_are_accepted(
     where: Call, phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
     ended = where(STAMPS)(["znormseg", "train", phantoms, tmp_path / "run", *options])
@@ -107,7 +107,7 @@ def test_files_without_times_modes_and_free_space_are_no_matter(
 
 
 @pytest.mark.slow
-def test_a_disk_that_fails_is_no_file_system_that_lacks_something(
+def test_a_failing_disk_is_not_mistaken_for_an_unsupported_operation(
     where: Call, phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
     ended = where("refuse(os, 'fsync', errno.EIO)")(["znormseg", "train", phantoms, tmp_path / "run", *options])
@@ -144,7 +144,7 @@ def is_folder(descriptor: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES])
-def test_a_folder_that_cannot_be_synced_is_warned_of_once(
+def test_a_folder_that_cannot_be_synced_causes_one_warning(
     number: int, refuse: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     refuse(os, "fsync", number, is_folder)
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_synced_is_warned_of_once(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE])
-def test_a_file_that_did_not_reach_the_disk_is_an_error_and_the_old_one_stays(
+def test_a_file_that_did_not_reach_the_disk_is_an_error_and_the_old_one_is_kept(
     number: int, refuse: Call, tmp_path: Path
 ) -> None:
     (tmp_path / "a").write_bytes(b"old")
@@ -167,7 +167,7 @@ def test_a_file_that_did_not_reach_the_disk_is_an_error_and_the_old_one_stays(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
-def test_a_folder_that_may_be_written_but_not_listed_is_warned_of(
+def test_a_writable_folder_that_cannot_be_listed_causes_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tmp_path.chmod(0o300)
@@ -176,7 +176,7 @@ def test_a_folder_that_may_be_written_but_not_listed_is_warned_of(
     assert "cannot sync folders (Permission denied)" in caplog.text
 
 
-def test_a_pipe_that_cannot_be_synced_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pipe_that_cannot_be_synced_causes_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     reading, writing = os.pipe()  # a real EINVAL
     with os.fdopen(writing, "wb") as file:
         sync_file(file, tmp_path / "pipe")
@@ -195,7 +195,7 @@ def test_a_run_folder_without_locks_can_be_trained_in(
     assert said.endswith("Make sure that no second process trains in this folder.")
 
 
-def test_work_in_a_folder_without_locks_carries_on(
+def test_work_in_a_folder_without_locks_continues(
     refuse: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     refuse(fcntl, "flock", errno.ENOLCK)
@@ -205,7 +205,7 @@ def test_work_in_a_folder_without_locks_carries_on(
 
 
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])  # the second is SMB's
-def test_a_run_that_another_process_holds_is_never_taken_for_one_without_locks(
+def test_a_run_locked_by_another_process_is_never_mistaken_for_one_without_locks(
     number: int, refuse: Call, tmp_path: Path
 ) -> None:
     refuse(fcntl, "flock", number)
@@ -214,13 +214,13 @@ def test_a_run_that_another_process_holds_is_never_taken_for_one_without_locks(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_a_lock_that_fails_otherwise_is_an_error_with_its_place(number: int, refuse: Call, tmp_path: Path) -> None:
+def test_a_lock_that_fails_otherwise_is_an_error_with_its_path(number: int, refuse: Call, tmp_path: Path) -> None:
     refuse(fcntl, "flock", number)
     with pytest.raises(OSError, match=f"cannot be locked: .*{tmp_path}"), locked(tmp_path):
         pass
 
 
-def test_a_shared_cache_locks_what_it_may_write_as_nfs_asks_for(
+def test_a_shared_cache_locks_files_opened_for_writing_as_nfs_requires(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = fcntl.flock
@@ -278,9 +278,7 @@ def log(tmp_path: Path) -> Iterator[MetricsLog]:
     log.close()
 
 
-def test_curves_that_cannot_be_written_end_no_run(
-    log: MetricsLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_curves_do_not_end_a_run(log: MetricsLog, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
         def add_scalar(self, *_: object) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))

@@ -115,7 +115,7 @@ def test_packed_weights_give_the_label_map_of_the_ensemble(
     assert np.mean(one == other) >= 0.999
 
 
-def test_packed_weights_take_half_the_space_and_have_their_own_sums(packed: Path) -> None:
+def test_packed_weights_take_half_the_space_and_have_their_own_checksums(packed: Path) -> None:
     files = sorted(packed.glob("*/checkpoints/*.safetensors"))
     assert [path.stat().st_size < 0.7 * (ENSEMBLE / path.relative_to(packed)).stat().st_size for path in files] == [
         True,
@@ -125,12 +125,12 @@ def test_packed_weights_take_half_the_space_and_have_their_own_sums(packed: Path
     assert {str(tensor.dtype) for path in files for tensor in load_file(path).values()} == {"torch.float16"}
 
 
-def test_the_device_that_trained_is_left_out(packed: Path) -> None:
+def test_the_training_device_is_left_out(packed: Path) -> None:
     assert '"runtime": [' in (ENSEMBLE / "ensemble.json").read_text()
     assert '"runtime": [' not in (packed / "ensemble.json").read_text()
 
 
-def test_the_card_has_data_scores_limits_and_licence(packed: Path) -> None:
+def test_the_card_has_data_scores_limitations_and_licence(packed: Path) -> None:
     card = (packed / CARD_FILE).read_text()
     assert card.startswith("# starter\n")
     for text in ("10.7937/jc8x-9874", "2107.02314", "Dice of WT: 0.500", "Not for children", "CC BY 4.0"):
@@ -139,13 +139,13 @@ def test_the_card_has_data_scores_limits_and_licence(packed: Path) -> None:
     assert "HD95 of ET, over the 2 cases with at least 0.5 ml of it: 5.0 mm" in card
 
 
-def test_one_network_by_itself_has_the_licence_too(packed: Path, znormseg: Call) -> None:
+def test_a_single_network_also_has_the_licence(packed: Path, znormseg: Call) -> None:
     ended = znormseg("model", "info", packed / "fold-0")
     assert ended.out.startswith("# starter/fold-0\n")
     assert "CC BY 4.0" in ended.out
 
 
-def test_one_network_states_its_own_cases_and_scores(packed: Path, znormseg: Call) -> None:
+def test_a_single_network_states_its_own_cases_and_scores(packed: Path, znormseg: Call) -> None:
     shown = znormseg("model", "info", packed / "fold-0").out
     assert "One network of starter: trained on 12 of its 16 cases." in shown
     assert "Trained on 12 adult gliomas" in shown
@@ -195,7 +195,7 @@ def large_weight(crossval: Path) -> str:
 
 
 @pytest.mark.parametrize("spoil", [absolute_path, large_weight])
-def test_what_must_not_be_shipped_is_refused_and_leaves_the_older_folder(
+def test_models_that_must_not_be_shipped_are_refused_and_the_older_folder_is_kept(
     spoil: Callable[[Path], str], tmp_path: Path
 ) -> None:
     crossval = write_crossval(tmp_path / "crossval")
@@ -214,7 +214,7 @@ def test_a_folder_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pyte
         starter.pack(write_crossval(tmp_path / "crossval"), tmp_path / "starter")
 
 
-def test_without_a_finished_cross_validation_there_is_one_message(tmp_path: Path) -> None:
+def test_without_a_finished_cross_validation_one_message_is_shown(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "setup" / "starter.py"), str(tmp_path), str(tmp_path / "starter")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
@@ -225,7 +225,9 @@ def test_without_a_finished_cross_validation_there_is_one_message(tmp_path: Path
 
 
 @pytest.mark.usefixtures("shipped")
-def test_four_files_get_a_label_map_and_a_page_with_the_limits(case: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_four_files_give_a_label_map_and_a_page_with_the_limitations(
+    case: Path, tmp_path: Path, znormseg: Call
+) -> None:
     ended = znormseg("predict", "starter", tmp_path / "out", *four_files(case), "--json")
     assert ended.code == 0, ended.err
     (result,) = json.loads(ended.out)["cases"]
@@ -261,14 +263,14 @@ def test_images_unlike_the_training_cases_are_flagged_on_the_page(
     assert "The intensities of flair are unlike those of the training cases." in page
 
 
-def test_the_list_shows_it_as_shipped(shipped: Path, znormseg: Call) -> None:
+def test_the_model_list_shows_the_starter_as_included(shipped: Path, znormseg: Call) -> None:
     assert re.search(r"^starter .* shipped +0$", znormseg("model", "list").out, re.MULTILINE)
     first = json.loads(znormseg("model", "list", "--json").out)["models"][0]
     assert (first["name"], first["ships"], first["installed"]) == ("starter", True, True)
     assert first["folder"] == str(shipped)
 
 
-def test_there_is_nothing_to_download(shipped: Path, znormseg: Call) -> None:
+def test_the_starter_needs_no_download(shipped: Path, znormseg: Call) -> None:
     ended = znormseg("model", "download", "starter")
     assert (ended.code, ended.out) == (0, f"starter ships with the program, nothing to download: {shipped}\n")
     ended = znormseg("model", "download", "starter", "--from", shipped)
@@ -277,14 +279,14 @@ def test_there_is_nothing_to_download(shipped: Path, znormseg: Call) -> None:
 
 
 @pytest.mark.usefixtures("shipped")
-def test_it_is_described_and_verified_by_name(znormseg: Call) -> None:
+def test_the_starter_is_described_and_verified_by_name(znormseg: Call) -> None:
     assert znormseg("model", "info", "starter").out.startswith("# starter\n")
     assert znormseg("model", "verify", "starter").code == 0
 
 
 @pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize("words", ["export starter {out} --format onnx", "train {cases} {out} --init-from starter"])
-def test_where_one_network_is_needed_the_networks_are_named(
+def test_if_a_single_network_is_needed_the_networks_are_named(
     words: str, case: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     ended = znormseg(*(word.format(cases=case.parent, out=tmp_path / "out") for word in words.split()))
@@ -294,7 +296,7 @@ def test_where_one_network_is_needed_the_networks_are_named(
 
 
 @pytest.mark.parametrize("words", ["predict starter {cases} {out}", "model info starter", "model download starter"])
-def test_missing_weights_are_one_clear_message(
+def test_missing_weights_give_one_clear_message(
     words: str, case: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(published, "shipped_folder", lambda: tmp_path)
@@ -304,22 +306,22 @@ def test_missing_weights_are_one_clear_message(
     assert len(ended.err.splitlines()) == 1
 
 
-def test_the_folder_is_that_of_the_package_models() -> None:
+def test_the_starter_folder_belongs_to_the_models_package() -> None:
     assert published.folder_of("starter") == SHIPPED
 
 
 # The folder itself
 
 
-def test_what_ships_has_at_most_8_mb() -> None:
+def test_the_shipped_model_has_at_most_8_mb() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8_000_000
 
 
-def test_what_ships_names_no_place_of_the_machine_that_made_it() -> None:
+def test_the_shipped_model_contains_no_path_of_the_training_machine() -> None:
     starter._require_no_places(SHIPPED)
 
 
-def test_what_ships_is_whole_and_has_one_generation_of_weights(znormseg: Call) -> None:
+def test_the_shipped_model_is_intact_and_has_one_generation_of_weights(znormseg: Call) -> None:
     assert znormseg("model", "verify", "starter").code == 0
     listed = {*verify(SHIPPED), "SHA256SUMS"}
     assert {str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*") if path.is_file()} == listed
@@ -327,12 +329,12 @@ def test_what_ships_is_whole_and_has_one_generation_of_weights(znormseg: Call) -
 
 
 @pytest.mark.parametrize("text", ["10.7937/jc8x-9874", "CC BY 4.0", "2107.02314", "Not for children", "not a medical"])
-def test_the_card_that_ships_names_data_licence_and_limits(text: str) -> None:
+def test_the_shipped_card_names_data_licence_and_limitations(text: str) -> None:
     assert text in (SHIPPED / CARD_FILE).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("how", ["a case folder", "four files"])
-def test_what_ships_predicts(how: str, case: Path, tmp_path: Path, znormseg: Call) -> None:
+def test_the_shipped_model_predicts(how: str, case: Path, tmp_path: Path, znormseg: Call) -> None:
     given = [case, tmp_path / "out"] if how == "a case folder" else [tmp_path / "out", *four_files(case)]
     ended = znormseg("predict", "starter", *given, "--json")
     assert ended.code == 0, ended.err

@@ -62,7 +62,7 @@ def started(*words: str | Path, **how: Any) -> subprocess.Popen[Any]:
     return subprocess.Popen([SCRIPT, *map(str, words)], stdin=subprocess.DEVNULL, **how)
 
 
-def test_training_goes_to_its_end_when_the_reader_of_its_messages_leaves(
+def test_training_completes_when_the_reader_of_its_messages_leaves(
     phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
     process = started("train", phantoms, tmp_path / "run", *options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -75,7 +75,7 @@ def test_training_goes_to_its_end_when_the_reader_of_its_messages_leaves(
 
 
 @pytest.mark.slow
-def test_training_goes_to_its_end_when_its_terminal_is_gone_but_sends_no_signal(
+def test_training_completes_when_its_terminal_disappears_without_a_signal(
     phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
     ours, theirs = pty.openpty()
@@ -89,7 +89,7 @@ def test_training_goes_to_its_end_when_its_terminal_is_gone_but_sends_no_signal(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_training_goes_to_its_end_when_the_file_of_its_messages_is_on_a_full_disk(
+def test_training_completes_when_its_log_file_is_on_a_full_disk(
     phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
     with Path("/dev/full").open("w") as full:
@@ -98,7 +98,7 @@ def test_training_goes_to_its_end_when_the_file_of_its_messages_is_on_a_full_dis
 
 
 @pytest.mark.slow
-def test_no_file_gets_the_number_of_a_standard_stream_that_is_closed(
+def test_no_file_gets_the_descriptor_of_a_closed_standard_stream(
     phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
     words = ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", SCRIPT, "train", phantoms, tmp_path / "run", *options]
@@ -107,7 +107,7 @@ def test_no_file_gets_the_number_of_a_standard_stream_that_is_closed(
 
 
 @pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_a_closed_terminal_saves_and_ends_a_run_as_sigterm_does(
+def test_closing_the_terminal_saves_and_ends_a_run_like_sigterm(
     *, times: int, phantoms: Path, tmp_path: Path, long_options: list[str]
 ) -> None:
     process = started("train", phantoms, tmp_path / "run", *long_options, stderr=subprocess.PIPE, text=True)
@@ -141,7 +141,7 @@ def test_a_run_in_a_terminal_that_closes_is_saved(phantoms: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_under_nohup_a_closed_terminal_stops_nothing(phantoms: Path, tmp_path: Path, options: list[str]) -> None:
+def test_closing_the_terminal_under_nohup_stops_nothing(phantoms: Path, tmp_path: Path, options: list[str]) -> None:
     words = ["nohup", SCRIPT, "train", phantoms, tmp_path / "run", *options]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
     process = subprocess.Popen([*map(str, words)], **quiet)  # type: ignore[call-overload]
@@ -151,7 +151,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(phantoms: Path, tmp_path: P
     assert last_saved(tmp_path / "run") == 30
 
 
-def test_sighup_that_is_ignored_stays_ignored_where_a_run_notes_signals() -> None:
+def test_an_ignored_sighup_stays_ignored_while_a_run_handles_signals() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_on_signals() as request:
@@ -161,7 +161,7 @@ def test_sighup_that_is_ignored_stays_ignored_where_a_run_notes_signals() -> Non
         signal.signal(signal.SIGHUP, before)
 
 
-def test_predict_over_a_cohort_is_finished_when_the_reader_of_its_messages_leaves(
+def test_predicting_a_cohort_completes_when_the_reader_of_its_messages_leaves(
     tiny_run: Path, phantoms: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -172,7 +172,7 @@ def test_predict_over_a_cohort_is_finished_when_the_reader_of_its_messages_leave
     assert len(list(out.glob("*.nii.gz"))) == 6
 
 
-def test_predict_whose_terminal_closes_says_nothing_is_half_written(
+def test_predict_leaves_no_partial_files_when_its_terminal_closes(
     tiny_run: Path, phantoms: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -186,7 +186,7 @@ def test_predict_whose_terminal_closes_says_nothing_is_half_written(
 
 
 @pytest.mark.slow
-def test_crossval_with_workers_is_finished_when_the_reader_of_its_messages_leaves(
+def test_crossval_with_workers_completes_when_the_reader_of_its_messages_leaves(
     phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
     words: list[str | Path] = ["crossval", phantoms, tmp_path / "cv", "--folds", "2", "--jobs", "2", *options]
@@ -198,7 +198,7 @@ def test_crossval_with_workers_is_finished_when_the_reader_of_its_messages_leave
 
 
 @pytest.mark.slow
-def test_compare_is_finished_when_the_reader_of_its_messages_leaves(
+def test_compare_completes_when_the_reader_of_its_messages_leaves(
     phantoms: Path, tmp_path: Path, tiny_settings: list[str]
 ) -> None:
     taken = ("training.steps", "training.learning_rate")  # a comparison sets these itself
@@ -212,7 +212,7 @@ def test_compare_is_finished_when_the_reader_of_its_messages_leaves(
     assert (tmp_path / "out" / "compare.json").exists()
 
 
-def test_a_result_that_nobody_reads_to_its_end_is_no_error(phantoms: Path) -> None:
+def test_a_result_that_is_not_read_to_the_end_is_not_an_error(phantoms: Path) -> None:
     process = started(
         "evaluate", phantoms, phantoms, "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -226,7 +226,7 @@ def test_a_result_that_nobody_reads_to_its_end_is_no_error(phantoms: Path) -> No
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_result_that_a_full_disk_does_not_take_is_an_error_that_names_it(phantoms: Path) -> None:
+def test_a_result_that_does_not_fit_on_the_disk_is_an_error_that_names_it(phantoms: Path) -> None:
     with Path("/dev/full").open("w") as full:
         process = started("evaluate", phantoms, phantoms, "--json", stdout=full, stderr=subprocess.PIPE, text=True)
         _, err = process.communicate(timeout=200)

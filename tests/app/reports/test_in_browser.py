@@ -203,7 +203,7 @@ def test_without_the_prediction_the_scan_is_grey_at_the_lesion(browser: Any, pag
     assert np.ptp(picture[row, column]) <= 2
 
 
-def test_the_crosshair_can_be_moved_with_sliders_and_keys(browser: Any, pages: CohortPages) -> None:
+def test_sliders_move_the_crosshair_with_the_keyboard(browser: Any, pages: CohortPages) -> None:
     show(browser, next(iter(pages.cases.values())))
     slider = browser.find_element("css selector", "[data-control=axial]")
     before = int(slider.get_attribute("value"))

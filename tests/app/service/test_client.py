@@ -222,7 +222,7 @@ def test_without_a_home_folder_a_submission_is_not_recorded(tmp_path: Path, monk
     assert _state_file("http://a", []) is None
 
 
-def test_the_working_folder_can_be_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_working_folder_is_submitted_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from app.cli.remote import _of_folder
 
     (tmp_path / "case").mkdir()

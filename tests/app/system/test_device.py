@@ -87,7 +87,7 @@ def test_the_chosen_gpu_is_made_current_before_its_capabilities_are_queried(
 
 
 @pytest.mark.usefixtures("four_gpus")
-def test_querying_for_a_device_does_not_initialise_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_a_device_does_not_select_it(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     require_device("cuda:3")
@@ -147,7 +147,7 @@ def test_auto_respects_the_instruction_set_limit_of_onednn(
     assert (f"{variable}={limit} disables bfloat16 arithmetic" in reason) == (precision == "float32")
 
 
-def test_requested_and_chosen_settings_are_reported_separately() -> None:
+def test_a_requested_precision_is_distinguished_from_a_chosen_one() -> None:
     assert choose_runtime(RuntimeConfig(device="cpu", precision="float32")).precision_asked_for
     assert not choose_runtime(RuntimeConfig(device="cpu")).precision_asked_for
 
