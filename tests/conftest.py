@@ -37,6 +37,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # Several workers of pytest-xdist share the processors, so each computes with one thread, as do the processes it starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the program does at its start: threads that wait must not keep the processors from other workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SCRIPT = Path(sys.executable).with_name("znormseg")
 
