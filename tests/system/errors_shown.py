@@ -43,7 +43,7 @@ CONTRASTS = ("t1", "t1ce", "t2", "flair")
 
 
 def module(name: str) -> Any:
-    """Another file of tests, which pytest imports under a name of its own."""
+    """Another test file, which pytest imports under its own name."""
     spec = importlib.util.spec_from_file_location(f"{name}_for_errors", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -104,7 +104,7 @@ class Shown:
     small: bool = False
     """Whether small settings of a training are added, and not shown."""
     before: Callable[[], list[str]] | None = None
-    """Words before the command, not shown; with them, and be there none, it is a process of its own."""
+    """Command prefix, not shown; with one, even an empty one, the command runs in a separate process."""
     only: str = ""
     """Pattern of the lines that are the message; without it, the message begins where the program's own lines do."""
     steady: dict[str, str] = field(default_factory=dict)
@@ -135,7 +135,7 @@ class Raised:
         return errors.exit_code(self.error())
 
 
-# Files that are bad
+# Bad files
 
 
 def image(name: str, remedy: str = "") -> Shown:
@@ -150,7 +150,7 @@ def unlisted(shown: Shown) -> Shown:
 
 
 def image_that(title: str, spoil: Callable[[Path], object]) -> Shown:
-    """A T2 spoilt in a way of its own."""
+    """A T2 spoilt in a way no other file is."""
     return Shown(title=title, command=PREDICT, code=3, prepare=lambda _: spoil(Path(IMAGE).absolute()))
 
 
@@ -236,7 +236,7 @@ def renamed(to: str) -> Prepare:
 
 
 def smaller(_: Scene) -> None:
-    """The middle of each image alone, which is prepared sooner."""
+    """Only the middle of each image, which is prepared faster."""
     for path in Path(f"DATA/{CASE}").iterdir():
         stored: Any = nib.load(path)
         kept = stored.slicer[12:48, 12:48, 8:32]
@@ -512,7 +512,7 @@ def labelled_where_dark(_: Scene) -> None:
 
 
 def island(labels: Any) -> Any:
-    """A voxel alone."""
+    """A single voxel."""
     labels[1, 1, 1] = 1
     return labels
 
@@ -643,7 +643,7 @@ def remote(command: str, *steps: Prepare, code: int, title: str = "", **more: An
 
 
 def can_mount() -> bool:
-    """Whether a process may mount a disk of its own."""
+    """Whether a process may mount its own disk."""
     return bool(hostile.can_mount())
 
 
@@ -800,7 +800,7 @@ def cut_answer(out: Path) -> None:
 
 
 def as_of_torchrun(scene: Scene) -> None:
-    """What a process that torchrun starts is told."""
+    """Environment variables that torchrun sets for a process."""
     scene.patch.setenv("TORCHELASTIC_RUN_ID", "7")
     scene.patch.setenv("WORLD_SIZE", "2")
 
@@ -821,7 +821,7 @@ def stretched(_: Scene) -> None:
 
 
 def not_writable(_: Scene) -> None:
-    """A folder that may be looked into alone."""
+    """A folder that may be read but not written to."""
     Path("READ-ONLY").mkdir(mode=0o555)
 
 
@@ -971,7 +971,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
         label("missing"),
         # values beyond 4
         label("outside the convention"),
-        # 3 and 4 in one data set whose names tell no year
+        # 3 and 4 in one data set whose names do not reveal the year
         label("3 and 4 together"),
         # values that several conventions have
         Shown(

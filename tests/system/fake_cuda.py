@@ -178,7 +178,7 @@ class Watch(TorchDispatchMode):
             count = tensor_bytes(source)
             self.uploads[f"{'pinned' if pinned else 'pageable'} at {_line_of_ours()}"] += 1
             self.uploaded_bytes += count
-            # Without pinned memory, the driver copies before it returns whatever non_blocking says.
+            # Without pinned memory, the driver copies before it returns, regardless of non_blocking.
             if not pinned:
                 self.pageable_bytes += count
             if waits or not pinned:

@@ -44,7 +44,7 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
 
 
 def change(path: Path, edit: Callable[[Any], Any], dtype: Any = np.float32) -> None:
-    """Store an image anew with other voxels."""
+    """Store an image again with other voxels."""
     image: Any = nib.load(path)
     nib.save(nib.Nifti1Image(edit(np.asarray(image.dataobj, dtype=np.float32)).astype(dtype), image.affine), path)
 
@@ -211,7 +211,7 @@ def test_data_check_finds_a_bad_image(
     assert "nothing wrong found" not in ended.out
 
 
-# Ways to go on
+# Ways to continue
 
 
 def test_nan_voxels_become_0_on_request(data: Path, run: Path, tmp_path: Path, znormseg: Call) -> None:
@@ -434,7 +434,7 @@ def best(run: Path, ending: str) -> Path:
 
 
 def alone(run: Path) -> None:
-    """Take away the best weights before the newest, so that there is nothing else to take."""
+    """Delete the previous best weights, so that there is no fallback."""
     for path in set((run / "checkpoints").glob("best-*")) - {best(run, "json"), best(run, "safetensors")}:
         path.unlink()
 

@@ -44,7 +44,7 @@ ALWAYS = {
     **dict.fromkeys(("DATA", "CASES", "NEW_CASES", "REFERENCES", "PUBLIC_CASES", "OWN_CASES"), "PHANTOMS"),
     **dict.fromkeys(("RUN", "SCANS", "STUDY", "PREDICTIONS")),
 }
-#: Blocks of these verbs alone take less than five seconds.
+#: Blocks with only these commands take less than five seconds.
 QUICK = {"data check", "data export", "doctor"}
 #: Makes a training small enough for a test; later settings win.
 SMALL = [

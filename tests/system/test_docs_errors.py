@@ -184,7 +184,7 @@ def fresh(place: Path, phantoms: Path, tiny_run: Path) -> None:
 
 
 def ended(shown: Any, small: list[str], patch: pytest.MonkeyPatch, znormseg: Call, shell: Call) -> Any:
-    """How a command ends: in this process, or in one of its own."""
+    """How a command ends, in this process or in a separate one."""
     words = shlex.split(shown.command)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")

@@ -256,7 +256,7 @@ def split_in(place: Path) -> Path:
 def lines_about(fault: Failing, ended: Any) -> list[str]:
     """The lines that say what failed, at least one."""
     words = os.strerror(fault.number)
-    if fault.number == errno.EISDIR:  # shutil.copyfile has a text of its own
+    if fault.number == errno.EISDIR:  # shutil.copyfile has its own message
         words = f"{words}|Directory does not exist"
     if fault.call == "flock" and fault.number in (errno.EAGAIN, errno.EACCES):
         words = f"{words}|another process"

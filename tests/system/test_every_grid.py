@@ -496,7 +496,7 @@ def test_codes_whole_voxels_away_are_moved(codes: Codes, affine: Affine, step: t
 @properties
 @given(some_codes(), affines(SHAPE), affines(OTHER_SHAPE))
 def test_nesting_removes_nothing_from_any_region(codes: Codes, own: Affine, target: Affine) -> None:
-    """Each region comes out as it does alone, and so they are nested."""
+    """Each region is resampled as if it were the only one, so the regions are nested."""
     together = to_regions(resample_codes_onto(codes, own, OTHER_SHAPE, target))
     for region, mask in zip(together, to_regions(codes), strict=True):
         alone = resample_codes_onto(mask.astype(np.uint8), own, OTHER_SHAPE, target)

@@ -251,7 +251,7 @@ GUARDS: dict[str, Guard] = {
         LAYOUTS,
         "    if not any({3, 4} <= set(found) for found in values.values()):",
         "    if False:",
-        "data/datasets/test_descriptions.py::test_mixing_two_years_does_not_turn_labels_into_cavities",
+        "data/datasets/test_descriptions.py::test_labels_of_two_mixed_years_are_not_mistaken_for_cavities",
     ),
     "a path of a manifest out of the data": Guard(
         LAYOUTS,

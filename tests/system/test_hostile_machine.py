@@ -43,7 +43,7 @@ def options(tiny_settings: list[str]) -> list[str]:
 
 
 def can_mount() -> bool:
-    """Whether a process may mount a disk that it alone sees."""
+    """Whether a process may mount a disk that only it can see."""
     probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
     return (
         shutil.which("unshare") is not None and not subprocess.run(probe, capture_output=True, check=False).returncode
@@ -52,7 +52,7 @@ def can_mount() -> bool:
 
 @pytest.fixture(scope="session")
 def small_disk() -> Callable[[Path, int], list[str]]:
-    """Words that, put before a command, mount a small empty disk on a folder for that command alone."""
+    """Command prefix that mounts a small empty disk on a folder, only for that command."""
     if not can_mount():
         pytest.skip("mounting is not allowed here")
 
@@ -88,7 +88,7 @@ def assert_the_machine_is_blamed(ended: Any, *words: str | Path) -> None:
 
 
 def left_behind(folder: Path) -> str:
-    """Words that run a command and then list what is in a folder, whatever came of it."""
+    """Command prefix that runs a command and then lists a folder, even if the command failed."""
     return f'"$@"; code=$?; find "{folder}" -type f -printf "left:%f\\n" >&2; exit $code'
 
 
@@ -331,7 +331,7 @@ def test_training_has_no_worker_process_that_could_be_killed(
             break
         _, children = psutil.wait_procs(children, timeout=5)  # a command that ends by itself is no worker
         time.sleep(0.01)
-    for one in (*children, *([process] if children else [])):  # who has them may wait for ever for one that was killed
+    for one in (*children, *([process] if children else [])):  # their parent may wait for ever for a killed child
         one.kill()
     process.communicate()
     assert children == []

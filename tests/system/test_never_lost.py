@@ -32,7 +32,7 @@ Call = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def eight_steps(tiny_settings: list[str]) -> list[str]:
-    """Eight steps with dropout and a checkpoint at each second step, whatever the clock says."""
+    """Eight steps with dropout and a checkpoint at every second step, regardless of the time."""
     return [*tiny_settings, "training.steps=8", "training.validations=4", "network.dropout=0.2"]
 
 
@@ -298,7 +298,7 @@ def test_a_refused_change_leaves_the_run_unchanged(copied: Path, phantoms: Path)
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
-# Losses that are not finite
+# Non-finite losses
 
 
 def test_a_non_finite_loss_rolls_the_run_back_and_continues_with_other_patches(
@@ -482,7 +482,7 @@ def test_errors_other_than_a_full_disk_are_not_waited_for(tmp_path: Path) -> Non
         RetryOnFullDisk(stopped=lambda: False).write(broken, what="it", needed_bytes=1, folder=tmp_path)
 
 
-# In view
+# Progress
 
 
 def test_progress_shows_loss_rate_waiting_norm_dice_and_time_left(

@@ -1,4 +1,4 @@
-"""Backward gradient normalization: the identity forward, a gradient of fixed size backward, whatever the training."""
+"""Backward gradient normalization: the identity forward, a gradient of fixed size backward, in any kind of training."""
 
 from __future__ import annotations
 

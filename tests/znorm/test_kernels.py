@@ -31,7 +31,7 @@ MODES: list[Mode] = ["zscore", "centre", "scale"]
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
-    """Triton's interpreter, for this module alone, with chunks so small that tensors have several."""
+    """Triton's interpreter, only for this module, with chunks so small that tensors have several."""
     # First Triton itself, as the interpreter would stay with its own functions for the rest of the process.
     pytest.importorskip("triton")
     importlib.import_module("triton.language")

@@ -54,7 +54,7 @@ def assert_equal(measured: Overlap, expected: Overlap, rel: float = 1e-9) -> Non
 
 
 class Residual(nn.Module):
-    """x + f(x) as a module of its own."""
+    """x + f(x) as a separate module."""
 
     def __init__(self, f: nn.Module) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def gradient_through(f: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor)
 
 
 def expected_of(module: Any, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Both gradients at the input of a module, from its parts alone."""
+    """Both gradients at the input of a module, computed only from its parts."""
     kind = type(module).__name__
     if kind == "SkipConnection":
         channels = x.shape[1]
@@ -162,7 +162,7 @@ def test_each_branch_has_its_own_gradient_and_both_add_up_to_the_whole(architect
     for name, measured in watch.read().items():
         module = model.get_submodule(name)
         if architecture == "segresnet" and "ResBlock" not in type(module).__name__:
-            continue  # the long skips have a test of their own
+            continue  # the long skips have their own test
         a, b = expected_of(module, *seen[name])
         assert_equal(measured, by_hand(a, b))
         if name not in also_feeds_a_skip:
@@ -341,7 +341,7 @@ def test_a_checkpointed_network_has_the_same_overlap() -> None:
         assert_equal(one, other)
 
 
-# What is left as it was
+# Nothing else changes
 
 
 @architectures

@@ -181,7 +181,7 @@ def test_parameters_added_after_attaching_are_refused_at_the_step() -> None:
         optimizer.step()
 
 
-# What ZNorm takes
+# ZNorm settings
 
 
 def names(config: ZNormConfig, model: nn.Module | None = None) -> list[str]:

@@ -21,7 +21,7 @@ ENDINGS = {"--t1": "t1", "--t1c": "t1ce", "--t2": "t2", "--flair": "flair"}
 
 @pytest.fixture(scope="session")
 def scans(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A case folder whose T2 has every second slice alone, and whose FLAIR lies 9 mm off in its scanner."""
+    """A case folder whose T2 has only every second slice and whose FLAIR is shifted by 9 mm."""
     place = tmp_path_factory.mktemp("scans") / CASE
     shutil.copytree(phantoms / CASE, place)
     t2, flair = (nib.Nifti1Image.from_filename(place / f"{CASE}_{ending}.nii.gz") for ending in ("t2", "flair"))

@@ -78,7 +78,7 @@ def test_the_driver_is_compared_with_torch(changes: dict[str, Any], level: str, 
         ((6, 1), ("compute_75",), "problem"),
         ((9, 0), ("sm_90a",), "ok"),
         ((12, 0), ("sm_90", "sm_120"), "ok"),
-        ((12, 1), ("compute_120a",), "problem"),  # for that GPU alone
+        ((12, 1), ("compute_120a",), "problem"),  # only for that GPU
     ],
 )
 def test_a_gpu_needs_binary_code_or_ptx(

@@ -66,7 +66,7 @@ def brain_of(case: Path) -> Any:
     return np.any([label_map(path) != 0 for path in images], axis=0)
 
 
-# Out
+# Export
 
 
 def with_settings(tiny_run: Path, run: Path, *, spacing_mm: float) -> Path:
@@ -181,7 +181,7 @@ def test_settings_that_monai_does_not_support_are_refused(
         )
 
 
-# In
+# Import
 
 
 @pytest.fixture(scope="session")
@@ -241,7 +241,7 @@ def masks_by_monai(zoo: Path, case: Path) -> Any:
     network.load_state_dict(torch.load(zoo / "models" / "model.pt", weights_only=True))
     files = find_cases(case)[0].contrasts
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MONAI tells of readers that are not installed
+        warnings.simplefilter("ignore")  # MONAI warns about readers that are not installed
         image = parser.get_parsed_content("preprocessing")({"image": [files[c] for c in BUNDLE_CONTRASTS]})["image"]
     with torch.inference_mode():
         logits = parser.get_parsed_content("inferer")(image[None], network.eval())[0]

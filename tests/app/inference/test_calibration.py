@@ -240,7 +240,7 @@ def test_the_reported_error_is_estimated_without_the_fold(many: Summary) -> None
 
 
 def test_a_temperature_that_does_not_help_other_folds_is_not_kept(many: Summary) -> None:
-    # Right as often as it says, but for a few voxels that are surely wrong: the likelihood alone asks for more than 1.
+    # Right as often as it says, except for a few confidently wrong voxels: the likelihood would raise T.
     centred, right = drawn(1.0, count=2000)
     centred[:, :4], right[:, :4] = 0.4999999, False
     found = calibrate(dict.fromkeys(many.cases, count_logits(centred, right)), many, many).regions["WT"]
@@ -289,7 +289,7 @@ AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 
 @pytest.fixture
 def sides(tmp_path: Path) -> tuple[Path, Path]:
-    """Predictions and references of two cases; one of them has probabilities beside its label map, in 8 bits."""
+    """Predictions and references of two cases; one of them has 8-bit probabilities next to its label map."""
     draw = np.random.default_rng(1)
     for case in ("a", "b"):
         labels = np.zeros((20, 18, 10), dtype=np.uint8)

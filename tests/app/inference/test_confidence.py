@@ -40,7 +40,7 @@ CENTRED = hnp.arrays(
 
 
 class Pointwise(nn.Module):
-    """Logits of a voxel from that voxel alone."""
+    """Logits of a voxel computed only from that voxel."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return torch.stack([image[:, 0] - 0.5, image[:, 1], image[:, 2] + image[:, 3]], dim=1)

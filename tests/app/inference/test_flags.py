@@ -181,7 +181,7 @@ def test_joined_ranges_equal_the_range_of_all_cases() -> None:
     assert isinstance(both, IntensityRange)
 
 
-# What a run tells
+# Records of a run
 
 
 def test_the_range_of_a_run_is_written_only_once(tiny_run: Path, tmp_path: Path) -> None:

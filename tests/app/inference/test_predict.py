@@ -1,4 +1,4 @@
-"""Prediction: label maps on exactly the input's grid, whatever its voxel order, and how bad input is handled."""
+"""Prediction: label maps on exactly the input's grid, in any voxel order, and how bad input is handled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def voxels(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def restored(source: Path, folder: Path, case: str, change: Callable[[Any], Any], ending: str = ".nii.gz") -> Path:
-    """Store each image of a case anew, changed, under another case id."""
+    """Store a changed copy of each image of a case under another case id."""
     place = folder / case
     place.mkdir(parents=True)
     for path in source.glob("*.nii.gz"):
@@ -154,7 +154,7 @@ def test_another_library_sees_the_label_map_where_the_image_is(label_maps: Path,
     assert label_map.GetSpacing() == image.GetSpacing()
 
 
-# What is written
+# Output
 
 
 def test_two_predictions_are_byte_for_byte_the_same_even_from_another_process(

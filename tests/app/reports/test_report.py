@@ -357,7 +357,7 @@ def test_the_mean_over_cases_is_the_recorded_dice(tiny_run: Path) -> None:
             assert np.mean([case[region] for case in record["cases"].values()]) == pytest.approx(dice, abs=1e-12)
 
 
-def test_a_run_without_dice_by_case_says_so(tiny_run: Path, tmp_path: Path) -> None:
+def test_the_page_says_when_a_run_has_no_dice_by_case(tiny_run: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(tiny_run, old, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", ".lock"))
     lines = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]

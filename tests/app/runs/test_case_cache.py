@@ -31,7 +31,7 @@ def options(tiny_settings: list[str]) -> list[str]:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test alone, not made yet."""
+    """A cache only for this test, not created yet."""
     monkeypatch.setenv("ZNORMSEG_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -134,7 +134,7 @@ def test_a_comparison_prepares_each_case_once(
     assert not (tmp_path / "out" / "cache").exists()
 
 
-# The data on record
+# Recorded data
 
 
 def test_a_run_with_a_changed_label_map_is_not_resumed_and_the_error_names_it(

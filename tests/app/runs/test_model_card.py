@@ -99,7 +99,7 @@ def test_intensities_of_a_fold_belong_to_the_ensemble(ensemble: Path) -> None:
         verify(ensemble)
 
 
-def test_a_fold_with_older_weights_beside_the_best_is_listed_once(ensemble: Path) -> None:
+def test_a_fold_with_older_weights_next_to_the_best_is_listed_once(ensemble: Path) -> None:
     for ending in (".json", ".safetensors"):
         newest = weights_of(ensemble / "fold-0").with_suffix(ending)
         shutil.copy(newest, newest.with_name(f"best-000000000{ending}"))

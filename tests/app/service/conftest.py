@@ -195,7 +195,7 @@ def ready_upload(service: Service) -> Callable[..., str]:
 
 @dataclass(kw_only=True)
 class ServerProcess:
-    """``znormseg serve`` in a process of its own."""
+    """``znormseg serve`` in a separate process."""
 
     folder: Path
     model: Path

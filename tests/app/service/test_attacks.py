@@ -1,4 +1,4 @@
-"""Attacks on the service: each is refused, and says so without a fault of the server.
+"""Attacks on the service: each is refused without a server error.
 
 The attacks on archives are in test_archive.py, those that need a real connection in test_http_server.py.
 """
@@ -52,7 +52,7 @@ def announced(client: TestClient, header: dict[str, str], size: int = 4, name: s
     return str(answer.json()["id"])
 
 
-# ---- who may
+# ---- permissions
 
 ADDRESSES = [
     ("GET", "/jobs"),
@@ -430,7 +430,7 @@ def test_unknown_fields_and_values_of_the_wrong_type_are_refused(client: TestCli
         assert client.post(f"{API}/jobs", headers=token("ann"), json=request).status_code == 422
 
 
-# ---- uploads that are no images
+# ---- uploads that are not images
 
 
 class Trap:

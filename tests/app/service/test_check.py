@@ -1,4 +1,4 @@
-"""What would keep the service from starting or from working is said before it starts."""
+"""Problems that would keep the service from starting or working are reported before it starts."""
 
 from __future__ import annotations
 

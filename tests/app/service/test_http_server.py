@@ -26,7 +26,7 @@ def port(short_waits: None, live_port: int) -> int:
 
 @pytest.fixture
 def say(port: int) -> Iterator[Callable[[bytes], bytes]]:
-    """Send bytes on a new connection and return everything that comes back until it is closed."""
+    """Send bytes on a new connection and return the whole response until it is closed."""
     opened: list[socket.socket] = []
 
     def exchange(content: bytes) -> bytes:

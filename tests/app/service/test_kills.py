@@ -79,7 +79,7 @@ def events(folder: Path, action: str) -> Counter[str]:
 
 @dataclass(kw_only=True)
 class Client:
-    """Submits jobs one after the other, each once the one before has ended, whatever the server does meanwhile."""
+    """Submits jobs one at a time, each after the previous one has ended, even if the server restarts."""
 
     server: Any
     number: int

@@ -174,7 +174,7 @@ def test_the_command_takes_several_data_sets_with_weights_and_resumes(
     assert (ended.code, json.loads(ended.out)["steps"]) == (0, 5)
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize("given", [["B", "A", "synthetic:A"], ["A", "B"], ["A"]])

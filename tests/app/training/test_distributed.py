@@ -91,7 +91,7 @@ class Torchrun(NamedTuple):
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Iterator[Callable[..., Torchrun]]:
-    """Start ``torchrun`` with options, then what it shall run; whatever is left at the end is killed."""
+    """Start ``torchrun`` with options and a command; kill any process that is left at the end."""
     launches: list[Torchrun] = []
 
     def launch(*arguments: str | Path) -> Torchrun:
@@ -133,7 +133,7 @@ def free_port() -> int:
         return int(some.getsockname()[1])
 
 
-# What a process is told
+# Launch settings
 
 
 def test_an_unlaunched_process_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:

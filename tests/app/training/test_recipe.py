@@ -78,7 +78,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def score(monkeypatch: pytest.MonkeyPatch, values: Iterable[float]) -> None:
-    """Let validations find these Dice, whatever the network predicts."""
+    """Make validations return these Dice scores regardless of the prediction."""
     from app.training.validation import validation_dice as validate
 
     given = iter(values)

@@ -108,7 +108,7 @@ def test_contrasts_of_several_voxel_orders_and_fractional_values_fit_in_one_4d_f
         np.testing.assert_array_equal(t2.affine, image.affine)
 
 
-def test_whatever_a_layout_cannot_store_is_reported(render: Render, tmp_path: Path) -> None:
+def test_data_that_a_layout_cannot_store_is_reported(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2024 GLI").root
     assert export_dataset(DataSource(root), tmp_path / "a", "nnunet").notes == (
         "label 4 (resection cavity) became background",

@@ -1,4 +1,4 @@
-"""Patches made on a device, here a CPU, equal those of the patch source, whatever stays there."""
+"""Patches made on a device, here a CPU, equal those of the patch source, for any number of resident cases."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def save(path: Path, voxels: Image, affine: npt.NDArray[np.float64]) -> None:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
-    """Put an executable named as the command on the PATH, in an environment of its own; give its folder."""
+    """Put an executable named as the command on the PATH, in its own environment; return its folder."""
 
     def put(body: str = REPLAY, versions: dict[str, str] = dict(TESTED)) -> Path:  # noqa: B006 - never changed
         root = tmp_path / "environment"

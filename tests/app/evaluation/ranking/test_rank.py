@@ -212,7 +212,7 @@ def test_ambiguous_label_numbers_can_be_specified_for_sets_and_references(
 
 
 def json_tables(folder: Path, *told: dict[str, str]) -> list[Scored]:
-    """A table in CSV, which does not tell how it was scored, and one in JSON for each of ``told``."""
+    """A table in CSV, which does not record how it was scored, and one in JSON for each of ``told``."""
     (folder / "a.csv").write_text("case,WT_dice,WT_hd95_mm,WT_nsd\nx,1,0,1\n", encoding="utf-8")
     files = [folder / "a.csv"]
     for name, content in zip("bcd", told, strict=False):

@@ -456,7 +456,7 @@ def test_the_help_names_every_arm_and_config() -> None:
     assert [name for name in (*ARMS, *config_names()) if name not in text] == []
 
 
-# The page made anew
+# Regenerating the page
 
 
 def test_a_regenerated_page_is_identical(finished: Path, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_truncated_file_is_treated_as_missing(answers: dict[str, Path], tmp_pa
         read_prediction(cut)
 
 
-# Where folds are worked on
+# Devices and workers
 
 
 def test_without_devices_everything_is_done_in_this_process() -> None:
@@ -235,7 +235,7 @@ def test_a_hidden_gpu_is_refused() -> None:
         worker_environment("cuda:1", 2, given={"CUDA_VISIBLE_DEVICES": "3"})
 
 
-# What is written
+# Output
 
 
 def test_each_case_is_predicted_by_the_network_not_trained_on_its_patient(finished: Path, phantoms: Path) -> None:
@@ -378,7 +378,7 @@ def test_the_command_prints_the_folds_and_the_next_step(
     assert f"next: znormseg predict {finished / 'ensemble'} CASES OUTPUT" in ended.out
 
 
-# Going on
+# Resuming
 
 
 def test_finished_work_is_not_repeated(finished: Path, phantoms: Path, options: list[str], znormseg: Call) -> None:
@@ -424,7 +424,7 @@ def test_damaged_best_weights_of_a_fold_fall_back_to_the_previous_pair(
     assert weights_of(out) == weights_of(finished)
 
 
-# What is refused
+# Refusals
 
 
 def test_another_config_is_refused(finished: Path, phantoms: Path, options: list[str], znormseg: Call) -> None:
@@ -593,7 +593,7 @@ def test_a_killed_process_is_named_and_the_others_are_saved(
     assert not other.is_running()
 
 
-# The page made anew
+# Regenerating the page
 
 
 def test_a_regenerated_page_is_identical(finished: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-# What is finished is kept
+# Finished cases are kept
 
 
 def test_a_second_run_skips_every_case_and_touches_no_file(tiny_run: Path, done: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_job_and_its_cases_survive_the_round_trip_through_json(cohort: Path) -
 
 
 class Noted:
-    """Keeps what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []

@@ -290,7 +290,7 @@ BASE = 100_000_000
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, openvino_computes: None) -> Any:
-    """The compiled networks that are held; what the process is told to hold is the base and 10 MB for each."""
+    """Compiled networks in memory; the process reports a base size plus 10 MB for each."""
     from app.inference.backends import openvino_backend
 
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
