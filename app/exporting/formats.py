@@ -56,6 +56,8 @@ def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> An
         TorchScriptPythonDecoder,
     )
 
+    from app.inference.backends.openvino_backend import openvino_core
+
     frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's tracer warns about shapes that are fixed here
@@ -66,7 +68,7 @@ def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> An
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
     ov.save_model(model, folder / OPENVINO_FILE, compress_to_fp16=False)
-    compiled: Any = ov.Core().compile_model(
+    compiled: Any = openvino_core().compile_model(
         folder / OPENVINO_FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     )
 

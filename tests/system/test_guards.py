@@ -50,6 +50,12 @@ GUARDS: dict[str, Guard] = {
         "",
         "system/test_missing_contrasts.py::test_a_run_that_needs_all_contrasts_points_to_contrast_dropout",
     ),
+    "one OpenVINO core for the whole process": Guard(
+        "app/inference/backends/openvino_backend.py",
+        "@functools.cache\n",
+        "",
+        "app/inference/backends/test_backends.py::test_a_signal_after_networks_were_released_reaches_its_handler",
+    ),
     "subsets of contrasts where the run needs all": Guard(
         "app/inference/subsets.py",
         "    if not model.takes_missing_contrasts:",

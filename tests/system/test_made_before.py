@@ -81,9 +81,9 @@ def onnx_answer(folder: Path) -> Callable[[Any], Any]:
 
 
 def openvino_answer(folder: Path) -> Callable[[Any], Any]:
-    import openvino as ov
+    from app.inference.backends.openvino_backend import openvino_core
 
-    compiled = ov.Core().compile_model(folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda windows: np.array(compiled(windows)["logits"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,18 @@ from app.inference.backends.graph import Graph, Operation
 #: Samples, channels, then the three axes of a window.
 Shape = tuple[int, ...]
 Array = npt.NDArray[np.float32]
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """Return the ``openvino.Core`` of this process; use no other.
+
+    The CPU plugin of a core gives the thread that loads it a stack for signal handlers. When a second core's plugin is
+    unloaded after the first one's, it restores the stack of the first, whose memory is gone, and the next signal, such
+    as Ctrl-C, ends the process with a segmentation fault (seen with OpenVINO 2026.4). This core stays until the process
+    ends.
+    """
+    return ov.Core()
 
 
 def build_model(graph: Graph, weights: Mapping[str, npt.NDArray[Any]], shape: Shape) -> Any:
@@ -70,7 +83,7 @@ class CompiledNetwork:
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        compiled = ov.Core().compile_model(build_model(graph, weights, shape), "CPU", settings)
+        compiled = openvino_core().compile_model(build_model(graph, weights, shape), "CPU", settings)
         self._request = compiled.create_infer_request()
         self._output = compiled.output(0)
 

@@ -57,9 +57,11 @@ def logits_of(run: Path, windows: Any) -> Any:
 def test_openvino_reads_the_export_and_gives_the_same_logits(
     exports: dict[str, Path], tiny_run: Path, windows: Any
 ) -> None:
-    import openvino as ov
+    from app.inference.backends.openvino_backend import openvino_core
 
-    compiled = ov.Core().compile_model(exports["openvino"] / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(
+        exports["openvino"] / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     answer = np.array(compiled(windows)["logits"])
     np.testing.assert_allclose(answer, logits_of(tiny_run, windows), atol=1e-4, rtol=1e-4)
 

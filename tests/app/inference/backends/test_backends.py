@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -308,6 +309,29 @@ def test_openvino_uses_as_many_threads_as_openmp_would(tiny_run: Path, monkeypat
     engine = load_model(tiny_run, runtime).engine
     engine.warm_up(engine.first_plan((16, 16, 16), runtime), runtime)
     assert told["threads"] == 3
+
+
+#: Compiles two networks, releases them in that order, and raises a signal.
+RELEASED = """
+import signal
+import numpy as np
+from app.inference.backends.graph import Graph, Operation
+from app.inference.backends.openvino_backend import CompiledNetwork
+
+double = Graph(in_channels=1, operations=(Operation(kind="add", inputs=(0, 0), weights={}, settings={}),))
+first, second = (CompiledNetwork(double, {}, (1, 1, 4, 4, 4), bfloat16=False, threads=1) for _ in range(2))
+assert first(np.ones((1, 1, 4, 4, 4), np.float32)).max() == 2
+del first
+del second
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@with_openvino
+def test_a_signal_after_networks_were_released_reaches_its_handler() -> None:
+    ended = subprocess.run([sys.executable, "-c", RELEASED], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
 
 
 @with_openvino
