@@ -22,10 +22,10 @@ Array = npt.NDArray[np.float32]
 def openvino_core() -> Any:
     """Return the ``openvino.Core`` of this process; use no other.
 
-    The CPU plugin of a core gives the thread that loads it a stack for signal handlers. When a second core's plugin is
-    unloaded after the first one's, it restores the stack of the first, whose memory is gone, and the next signal, such
-    as Ctrl-C, ends the process with a segmentation fault (seen with OpenVINO 2026.4). This core stays until the process
-    ends.
+    The CPU plugin of a core gives the thread that loads it a stack for signal handlers (openvino pull request 11894).
+    A second plugin that is unloaded after the first restores the stack of the first, whose memory is gone; the next
+    signal, such as Ctrl-C, then ends the process with a segmentation fault. Seen with OpenVINO 2026.4. This core stays
+    until the process ends.
     """
     return ov.Core()
 
