@@ -52,8 +52,11 @@ SMALL = [
     *("training.batch_size=1", "training.steps=4", "training.validations=1"),
     "runtime.device=cpu",
 ]
-#: Stands for the program: adds the small settings, and takes no offence at what doctor finds on this machine.
-PROGRAM = f"""#!{sys.executable}
+#: Stands for the program: adds the small settings, and ignores what doctor finds on this machine. A line of #! cannot
+#: hold a path with spaces, so the beginning is a command of sh, too.
+PROGRAM = f"""#!/bin/sh
+'''exec' "{sys.executable}" "$0" "$@"
+' '''
 import subprocess, sys
 words, small = sys.argv[1:], []
 if words[0] in ("train", "crossval", "plan"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_the_json_next_to_a_label_map_describes_it_and_its_origin(
     assert set(content["inputs"]) == {"t1", "t1c", "t2", "flair"}
     assert content["inputs"]["t1c"] == str(phantoms / CASE / f"{CASE}_t1ce.nii.gz")
     assert set(content["seconds"]) == {"read", "compute", "write"}
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == metadata.version("torch")
     assert content["notice"] == "Research use only; not a medical device."
     best = max((tiny_run / "checkpoints").glob("best-*.json"))
     assert content["weights_sha256"] == json.loads(best.read_text())["sha256"]

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,7 @@ def test_the_config_in_the_run_is_the_resolved_one(tiny_run: Path, tiny_settings
 def test_the_run_records_its_data_and_versions(tiny_run: Path, phantoms: Path) -> None:
     facts = read(tiny_run / "run.json")
     assert facts["data"] == str(phantoms.resolve())
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == metadata.version("torch")
     assert facts["contrasts"] == ["t1", "t1c", "t2", "flair"]
     assert facts["regions"] == ["WT", "TC", "ET"]
     assert (facts["labels"], facts["spacing_mm"], facts["fold"]) == ("brats2021", [4.0, 4.0, 4.0], 0)

@@ -91,6 +91,13 @@ def save(path: Path, voxels: Image, affine: npt.NDArray[np.float64]) -> None:
     nib.loadsave.save(nib.nifti1.Nifti1Image(voxels, affine), path)
 
 
+#: Starts the script with this Python; a line of #! cannot hold a path with spaces, so it is a command of sh, too.
+START = f"""#!/bin/sh
+'''exec' "{sys.executable}" -S "$0" "$@"
+' '''
+"""
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
     """Put an executable named as the command on the PATH, in its own environment; return its folder."""
@@ -100,7 +107,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
         shutil.rmtree(root, ignore_errors=True)
         command = root / "bin" / COMMAND
         command.parent.mkdir(parents=True)
-        command.write_text(f"#!{sys.executable} -S\n{ARGUMENTS}{body}", encoding="utf-8")
+        command.write_text(f"{START}{ARGUMENTS}{body}", encoding="utf-8")
         command.chmod(0o755)
         for name, version in versions.items():
             folder = root / "lib/python3.12/site-packages" / f"{name.replace('-', '_')}-{version}.dist-info"
