@@ -36,7 +36,8 @@ VERSION: Final = 1
 _SHARED: Final = ("plain_config", "takes_missing_contrasts", "spacing_mm", "convention")
 #: Ensembles up to this total size of weights are held in memory; larger ones read each network again for each case.
 _MOST_HELD_BYTES: Final = 1 << 30
-_ANEW: Final = "Restore the folder from a copy, or delete it and run the znormseg crossval command again."
+#: What to do about an ensemble that cannot be used.
+ANEW: Final = "Restore the folder from a copy, or delete it and run the znormseg crossval command again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         if not listed or content["version"] != VERSION or any(Path(name).name != name for name in listed):
             raise ValueError(f"version {content['version']}, networks {', '.join(listed) or 'none'}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{folder / ENSEMBLE_FILE}: damaged, or of another version ({error}). {_ANEW}") from error
+        raise RunError(f"{folder / ENSEMBLE_FILE}: damaged, or of another version ({error}). {ANEW}") from error
     small = sum(path.stat().st_size for path in folder.glob("*/checkpoints/*.safetensors")) <= _MOST_HELD_BYTES
     held: list[Model] = []
     shared: dict[str, Any] = {}
@@ -165,10 +166,10 @@ def _member(folder: Path, name: str, sha256: str, runtime: Runtime) -> Model:
     try:
         model = load_model(folder / name, runtime)
     except RunError as error:
-        raise RunError(f"{folder}: network {name}: {str(error).rstrip('.')}. {_ANEW}") from error
+        raise RunError(f"{folder}: network {name}: {str(error).rstrip('.')}. {ANEW}") from error
     if model.sha256 != sha256:
         raise RunError(
-            f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 differs. {_ANEW}"
+            f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 differs. {ANEW}"
         )
     return model
 
@@ -189,4 +190,4 @@ def _require_alike(folder: Path, first: Mapping[str, Any], other: Mapping[str, A
         what = "augment.contrast_dropout above 0 and 0"
     else:
         return
-    raise RunError(f"{folder}: its networks cannot be combined: {what}. {_ANEW}")
+    raise RunError(f"{folder}: its networks cannot be combined: {what}. {ANEW}")

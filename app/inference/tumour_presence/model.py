@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from app.errors import ConfigError, RunError
-from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE, ENSEMBLE_FOLDER
+from app.inference.ensemble import ANEW, CROSSVAL_FILE, ENSEMBLE_FILE, ENSEMBLE_FOLDER
 from app.runs.checkpoints import load_newest
 from app.runs.folder import read_json
 from app.runs.model_card import is_presence, newest_best
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Version of the file that describes an ensemble of presence networks.
-VERSION: Final = 1
+#: Version of the file that describes an ensemble of presence networks; 2 has a threshold for a gate.
+VERSION: Final = 2
 #: An output is present from this probability on, unless a cross-validation tuned another.
 UNTUNED: Final = 0.5
 
@@ -161,7 +161,7 @@ def load_presence(folder: Path, runtime: Runtime) -> PresenceModel:
         if not listed or content["version"] != VERSION or any(Path(name).name != name for name in listed):
             raise ValueError(f"version {content['version']}, networks {', '.join(listed) or 'none'}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{folder / ENSEMBLE_FILE}: damaged, or of another version ({error}).") from error
+        raise RunError(f"{folder / ENSEMBLE_FILE}: damaged, or of another version ({error}). {ANEW}") from error
     loaded = [_network(folder / name, runtime) for name in listed]
     for (name, sha256), one in zip(listed.items(), loaded, strict=True):
         if one.sha256 != sha256:
