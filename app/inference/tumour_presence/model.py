@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,11 @@ class Decision:
     def __post_init__(self) -> None:
         if not self.slope > 0:
             raise ValueError(f"slope {self.slope:g} of the calibration, which must be above 0")
+        if not math.isfinite(self.slope + self.intercept):
+            raise ValueError(f"slope {self.slope:g}, intercept {self.intercept:g} of the calibration, not both finite")
+        for threshold in (self.threshold, self.gate_threshold):
+            if not 0 <= threshold <= 1:
+                raise ValueError(f"threshold {threshold:g}, which must be from 0 to 1")
 
     def probability(self, logits: FloatArray) -> FloatArray:
         """Return calibrated probabilities.

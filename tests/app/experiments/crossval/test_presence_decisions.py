@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -93,3 +95,18 @@ def test_a_fold_whose_complement_has_a_negative_slope_is_not_scaled_with_it() ->
 def test_a_decision_with_a_negative_slope_is_refused() -> None:
     with pytest.raises(ValueError, match=r"slope -0\.5 of the calibration, which must be above 0"):
         Decision(slope=-0.5)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"gate_threshold": float("nan")},
+        {"threshold": 7.0},
+        {"gate_threshold": "low"},
+        {"intercept": float("inf")},
+        {"slope": float("inf")},
+    ],
+)
+def test_a_decision_with_an_impossible_value_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Decision(**values)
