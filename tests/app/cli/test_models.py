@@ -185,13 +185,18 @@ def test_weights_of_another_network_are_refused(stand_in: Path, tmp_path: Path, 
     assert list(folder.iterdir()) == []
 
 
-def test_a_user_supplied_file_becomes_a_model_that_predict_accepts_by_name(
-    stand_in: Path, case_1mm: Path, tmp_path: Path, folder: Path, znormseg: Call
-) -> None:
+def test_a_user_supplied_file_becomes_a_model_with_its_licence(stand_in: Path, folder: Path, znormseg: Call) -> None:
     ended = znormseg("model", "download", "monai-brats", "--from", stand_in, "--json")
     assert (ended.code, json.loads(ended.out)["folder"]) == (0, str(folder / "monai-brats")), ended.err
     assert znormseg("model", "verify", "monai-brats").code == 0
     assert "may not be used commercially" in znormseg("model", "info", "monai-brats").out
+
+
+@pytest.mark.slow
+def test_predict_accepts_a_user_supplied_model_by_name(
+    stand_in: Path, case_1mm: Path, tmp_path: Path, folder: Path, znormseg: Call
+) -> None:
+    assert znormseg("model", "download", "monai-brats", "--from", stand_in).code == 0
     ended = znormseg("predict", "monai-brats", case_1mm, tmp_path / "out", "--device", "cpu", "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["cases"][0]["model"]["name"] == "monai-brats"
