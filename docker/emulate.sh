@@ -13,6 +13,9 @@ shift
 root=$1 data=$2 user=$3 folder=$4 environment=$5 tmp=$6
 shift 6
 
+# Docker's "none" network has a loopback interface that is up; a new namespace has one that is down.
+ip link set lo up
+
 mkdir -p "$root/data"
 mount --bind "$root" "$root"
 mount --bind "$data" "$root/data"

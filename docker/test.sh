@@ -131,7 +131,8 @@ podman_runs() {
     for runner_flags in '' '--runtime runc'; do
         for limits in '' ' --ulimit nofile=1024:1024 --ulimit nproc=1024:1024'; do
             # shellcheck disable=SC2086
-            if podman $runner_flags run --rm $plain $limits --entrypoint true "$IMAGE" >/dev/null 2>&1; then
+            if podman $runner_flags run --rm --network none $plain $limits --entrypoint true "$IMAGE" \
+                >/dev/null 2>&1; then
                 run_flags=$plain$limits
                 return 0
             fi
